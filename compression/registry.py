@@ -1,0 +1,11 @@
+"""Torch-free tables of compression methods: a method is one implementation file plus one line here."""
+
+from parallelism.registry import Entry
+
+PRUNING: dict[str, Entry] = {
+    "magnitude": Entry("compression.config:PruneConfig", "compression.methods.magnitude:prune"),
+}
+
+QUANTIZATION: dict[str, Entry] = {
+    "rtn": Entry("compression.config:QuantizeConfig", "compression.methods.rtn:quantize"),
+}

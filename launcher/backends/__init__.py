@@ -1,0 +1,1 @@
+"""Where a job's Ray cluster comes from; one file each."""

@@ -1,0 +1,1 @@
+"""Model families. The single-device model is plain; how it is spread stands beside it in the engines."""
