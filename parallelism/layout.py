@@ -51,3 +51,9 @@ class Layout(Options):
         if self.zero_stage:
             text += f" ZeRO-{self.zero_stage}"
         return text if self.engine == "megatron" else f"{text} {self.engine}"
+
+
+def stage_layers(layers: int, pipeline: int) -> list[int]:
+    """Layers per pipeline stage: they differ by at most one, and the first stages take the extra ones."""
+    base, extra = divmod(layers, pipeline)
+    return [base + (stage < extra) for stage in range(pipeline)]

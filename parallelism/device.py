@@ -1,0 +1,118 @@
+"""The one place that knows whether CUDA exists: process groups, devices, and megatron-core on the CPU.
+
+megatron-core names "cuda" throughout. On a machine without GPUs :func:`connect` adapts it in the calling thread: tensors
+asked for on "cuda" are made on the CPU, ``Tensor.cuda()`` is the identity, and the CUDA random state is the CPU's.
+"""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import megatron.core.tensor_parallel.random as megatron_random
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Carries out on the CPU what is asked of "cuda"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers sort parameters by comparing this string with "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+def has_cuda() -> bool:
+    """Whether ranks run on GPUs."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def host_store(address: str = "127.0.0.1", timeout_seconds: float = 600.0) -> dist.TCPStore:
+    """A rendezvous store on a free port of this host; its ``port`` is what the other ranks connect to."""
+    timeout = timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+
+
+def connect(
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    *,
+    threads: int = 1,
+    timeout_seconds: float = 600.0,
+    local_rank: int | None = None,
+    store: dist.Store | None = None,
+) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and make megatron-core run on this device.
+
+    ``store`` is given by the rank that hosts the rendezvous (:func:`host_store`); without it rank 0 hosts at ``port``.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    torch.set_num_threads(threads)
+    if has_cuda():
+        torch.cuda.set_device(rank % torch.cuda.device_count() if local_rank is None else local_rank)
+    else:
+        adapt_megatron_to_cpu()
+    if store is None:
+        store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    backend = "nccl" if has_cuda() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def disconnect() -> None:
+    """Leave the process group and forget megatron's groups."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def adapt_megatron_to_cpu() -> None:
+    """Redirect CUDA calls of this thread to the CPU; calling it again changes nothing."""
+    if any(isinstance(mode, _CudaMeansCpu) for mode in torch.overrides._get_current_function_mode_stack()):
+        return
+    _CudaMeansCpu().__enter__()
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.get_rng_state = lambda *_, **__: torch.random.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.random.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.random.set_rng_state(state)
+
+
+def matmul_peak_flops(dtype: torch.dtype = torch.float32, size: int = 0, seconds: float = 0.5) -> float:
+    """Measured FLOP/s of a large square matrix product on this device: the denominator of MFU."""
+    size = size or (8192 if has_cuda() else 1024)
+    left, right = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == 0.0:
+        start = time.perf_counter()
+        left @ right
+        torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank so far: the allocator's on GPUs, resident set (VmHWM) on CPUs."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status", encoding="ascii") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,41 @@
+"""Core attention for megatron-core's local layers on torch's scaled dot product (flash kernels on GPUs and CPUs)."""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class CausalAttention(torch.nn.Module):
+    """softmax(QKᵀ/√d)V over the past, without materialising the S×S scores.
+
+    Stands where megatron-core's ``DotProductAttention`` stands; it holds no parameters.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+    ) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """Query [S, B, heads, d], key and value [S, B, groups, d] → [S, B, heads·d]."""
+        length, batch, heads, channels = query.shape
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        grouped = key.shape[1] != heads
+        if self.training and self.dropout > 0.0:
+            # Each tensor-parallel rank holds other heads and so needs other random numbers.
+            with get_cuda_rng_tracker().fork():
+                context = _attend(query, key, value, self.dropout, grouped)
+        else:
+            context = _attend(query, key, value, 0.0, grouped)
+        return context.permute(2, 0, 1, 3).reshape(length, batch, heads * channels)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, grouped: bool) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+    )

@@ -1,0 +1,112 @@
+"""Family ``gpt`` on megatron-core: protocol :class:`parallelism.models.base.ShardedFamily`."""
+
+import importlib.util
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from parallelism.device import has_cuda
+from parallelism.layout import Layout, stage_layers
+from parallelism.models.base import Batch
+from parallelism.models.gpt.attention import CausalAttention
+from parallelism.models.gpt.config import GPTConfig
+from parallelism.training import TrainingConfig
+
+
+def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConfig) -> TransformerConfig:
+    """The megatron-core configuration of this model at this layout; ``training.precision`` must be resolved."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
+    fused = has_cuda()
+    return TransformerConfig(
+        num_layers=config.layers,
+        hidden_size=config.hidden,
+        num_attention_heads=config.heads,
+        num_query_groups=config.query_groups,
+        kv_channels=config.channels,
+        ffn_hidden_size=config.feed_forward,
+        normalization="LayerNorm" if config.style == "gpt2" else "RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        activation_func=torch.nn.functional.gelu if config.style == "gpt2" else torch.nn.functional.silu,
+        gated_linear_unit=config.gated,
+        add_bias_linear=config.bias,
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
+        init_method_std=config.initializer_std,
+        # Weights come from parallelism.initialize, so that every layout starts from the same ones.
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_uneven_stages(config, layout),
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity="full" if training.recompute else None,
+        recompute_method="uniform" if training.recompute else None,
+        recompute_num_layers=1 if training.recompute else None,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        apply_rope_fusion=False,
+    )
+
+
+def build(
+    config: GPTConfig, megatron: TransformerConfig, *, first: bool, last: bool, chunk: int | None
+) -> torch.nn.Module:
+    """One pipeline chunk with uninitialised weights."""
+    model = GPTModel(
+        megatron,
+        _layer_spec(megatron),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.context,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="learned_absolute" if config.style == "gpt2" else "rope",
+        rotary_base=config.rope_base,
+        vp_stage=chunk,
+    )
+    # params_dtype alone leaves parts (norms) in float32.
+    return model.to(megatron.params_dtype)
+
+
+def collate(rows: np.ndarray) -> Batch:
+    """Token ids [B, S + 1] → ``tokens`` [B, S] and the ``labels`` [B, S] that follow them."""
+    ids = torch.from_numpy(np.ascontiguousarray(rows))
+    return {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def losses(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of every next token [B, S] float32 on the last stage; activations [S, B, hidden] before it."""
+    tokens = batch["tokens"]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    output: torch.Tensor = module(tokens, positions, None, labels=batch["labels"])
+    return output
+
+
+def _layer_spec(megatron: TransformerConfig) -> ModuleSpec:
+    if has_cuda() and importlib.util.find_spec("transformer_engine"):
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization=megatron.normalization)
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
+
+
+def _uneven_stages(config: GPTConfig, layout: Layout) -> list[list[str]] | None:
+    """Stages by name where the layers do not divide evenly; megatron-core splits even ones by itself."""
+    if config.layers % (layout.pipeline * layout.virtual_pipeline) == 0:
+        return None
+    stages = [["decoder"] * count for count in stage_layers(config.layers, layout.pipeline)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
