@@ -1,0 +1,40 @@
+# The same few commands for people and for CI. `make demo` and `make test` each work alone in a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export DS_BUILD_OPS := 0
+
+.PHONY: install demo test lint bench clean
+
+install: $(STAMP)
+
+# torch comes first and by its exact version: a range would fetch the newest build, several GB on Linux.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "Espalier needs Python 3.11, 3.12 or 3.13; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[dev]" -c constraints.txt
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/espalier demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@for script in benchmarks/*/bench.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
