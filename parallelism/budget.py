@@ -4,14 +4,16 @@
 ``device_hours``, ``wall_clock`` and ``cost`` count what was *burnt* (everything consumed, lost work included).
 """
 
+import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from parallelism.options import Options
 
 Unit = Literal["flops", "tokens", "device_hours", "wall_clock", "cost"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 PROGRESS_UNITS: frozenset[str] = frozenset({"flops", "tokens"})
 
 
@@ -26,7 +28,7 @@ class Budget(Options):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Budget":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        given = [unit for unit in UNITS if getattr(self, unit) is not None]
         if len(given) != 1:
             found = ", ".join(given) or "none"
             raise ValueError(f"give exactly one of flops, tokens, device_hours, wall_clock, cost (found: {found})")
@@ -35,7 +37,7 @@ class Budget(Options):
     @property
     def unit(self) -> Unit:
         """The one unit that is limited."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)  # type: ignore[return-value]
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def limit(self) -> float:
@@ -78,6 +80,20 @@ class Burnt:
         return self.device_seconds / 3600.0 * price_per_device_hour
 
 
+class Stopwatch:
+    """What a process group burns: earlier attempts plus everything since this object was made, start-up included."""
+
+    def __init__(self, devices: int, earlier: Burnt) -> None:
+        self._devices = devices
+        self._earlier = earlier
+        self._started = time.monotonic()
+
+    def burnt(self) -> Burnt:
+        """Consumed up to now; every device of the group counts for the whole time."""
+        elapsed = time.monotonic() - self._started
+        return Burnt(self._earlier.device_seconds + elapsed * self._devices, self._earlier.wall_seconds + elapsed)
+
+
 @dataclass
 class Ledger:
     """One candidate's account: progress and what was burnt, held against a budget."""
@@ -101,8 +117,17 @@ class Ledger:
         return self.burnt.cost(self.price_per_device_hour)
 
     def fraction(self) -> float:
-        """Share of the budget spent, 0 to 1; learning-rate schedules follow it."""
+        """Share of the budget spent, 0 to 1."""
         return min(1.0, self.spent() / self.budget.limit)
+
+    def step_fraction(self, tokens: int, flops: float) -> float:
+        """The fraction that learning-rate schedules see for one more step: the middle of that step's share.
+
+        Neither the first step (rate zero under warm-up) nor the last (rate zero after decay) is wasted so, whatever
+        the number of steps. What a step costs on a clock is not known before, so there it is the fraction spent.
+        """
+        share = {"flops": flops, "tokens": float(tokens)}.get(self.budget.unit, 0.0)
+        return min(1.0, (self.spent() + share / 2) / self.budget.limit)
 
     def allows_step(self, tokens: int, flops: float) -> bool:
         """Whether one more step may start: ``flops`` and ``tokens`` are never exceeded, clocks by at most that step."""
