@@ -1,0 +1,338 @@
+"""One candidate's training: its process groups, one after another, until the budget is spent. Polled, never blocking.
+
+The decisions come from :mod:`launcher.policy`; this file carries them out and writes down what happens.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from launcher.adopt import adopt_newest, remove_older_roots
+from launcher.journal import Journal
+from launcher.policy import Cause, Ended, GiveUp, after_gang_end, lost_work, root_cause, stalled
+from launcher.view import CandidateView, GangView
+from launcher.workers import TRAIN, GroupShape, RankEnded, Report, WorkerGroup
+from parallelism.budget import Burnt
+from parallelism.checkpoint_store import CheckpointInfo, CheckpointStore
+from parallelism.result import TrainResult
+from parallelism.stop import StopReason
+from parallelism.training import TrainTask
+
+STEP_BATCH_SECONDS = 2.0
+ROOT_CAUSE_SECONDS = 2.0
+"""How long the others may take to end after the first rank has, so that the cause can be told from its consequences."""
+
+MakeTask = Callable[[Path, CheckpointInfo | None, Burnt], TrainTask]
+"""(root for checkpoints, checkpoint to continue from, burnt by earlier groups) → what the next process group does."""
+
+
+class Phase(Enum):
+    """Where a candidate stands."""
+
+    IDLE = auto()
+    RESERVING = auto()
+    STARTING = auto()
+    RUNNING = auto()
+    DONE = auto()
+    FAILED = auto()
+    STOPPED = auto()
+
+
+ACTIVE = frozenset({Phase.RESERVING, Phase.STARTING, Phase.RUNNING})
+OVER = frozenset({Phase.DONE, Phase.FAILED, Phase.STOPPED})
+
+
+class CandidateRun:
+    """Trains one candidate: reserves, starts, watches, restarts."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        name: str,
+        shape: GroupShape,
+        make_task: MakeTask,
+        *,
+        max_restarts: int,
+        stall_seconds: float,
+        function: str = TRAIN,
+        connected: bool = True,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.phase = Phase.IDLE
+        self.failure: str | None = None
+        self.result: TrainResult | None = None
+        self._journal = journal
+        self._make_task = make_task
+        self._max_restarts = max_restarts
+        self._stall_seconds = stall_seconds
+        self._function = function
+        self._connected = connected
+        self._gangs = 0
+        self._consecutive = 0
+        self._start_after = 0.0
+        self._group: WorkerGroup | None = None
+        self._root: Path | None = None
+        self._resume_from: CheckpointInfo | None = None
+        self._resumed_step = 0
+        self._reserved_at = 0.0
+        self._progress_at = 0.0
+        self._first_end_at: float | None = None
+        self._stop_deadline: float | None = None
+        self._step = 0
+        self._stepped = False
+        self._steps: list[dict[str, Any]] = []
+        self._flushed_at = 0.0
+
+    # What the stage asks and tells
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for devices and may have them now."""
+        return self.phase is Phase.IDLE and time.monotonic() >= self._start_after
+
+    def reserve(self) -> None:
+        """Ask for the devices of the next process group."""
+        assert self.phase is Phase.IDLE
+        self._gangs += 1
+        self._group = self._new_group()
+        self._group.reserve()
+        self.phase = Phase.RESERVING
+
+    def poll(self) -> None:
+        """Advance by whatever has happened."""
+        if self.phase is Phase.RESERVING:
+            self._poll_reservation()
+        if self.phase is Phase.STARTING:
+            self._poll_start()
+        if self.phase is Phase.RUNNING:
+            self._poll_ranks()
+
+    def stop(self, reason: StopReason, grace_seconds: float) -> None:
+        """Checkpoint and end within ``grace_seconds``; a group that is not running yet just ends."""
+        if self.phase is Phase.RUNNING:
+            self._active_group.request_stop(reason)
+            self._stop_deadline = time.monotonic() + grace_seconds
+        elif self.phase not in OVER:
+            self._end_group(reason)
+            self.phase = Phase.STOPPED
+
+    def abandon(self) -> None:
+        """End the processes without writing anything: the job belongs to a newer attempt."""
+        if self._group is not None:
+            self._group.kill()
+
+    def clock(self) -> dict[str, Any]:
+        """What this process group has burnt so far, and the candidate in all; fields of a heartbeat."""
+        wall = time.monotonic() - self._reserved_at if self.phase in (Phase.STARTING, Phase.RUNNING) else 0.0
+        device = wall * self.shape.world_size
+        earlier = self._earlier_burnt()
+        return {
+            "step": self._step,
+            "gang_wall_seconds": wall,
+            "gang_device_seconds": device,
+            "wall_seconds": earlier.wall_seconds + wall,
+            "device_seconds": earlier.device_seconds + device,
+        }
+
+    # Reserving and starting
+
+    def _new_group(self) -> WorkerGroup:
+        label = f"{self.name}.e{self._journal.epoch:04d}-g{self._gangs:02d}"
+        return WorkerGroup(
+            self.shape,
+            lambda rank: self._journal.log_path(f"{label}.rank{rank}"),
+            function=self._function,
+            connected=self._connected,
+            timeout_seconds=self._stall_seconds,
+        )
+
+    @property
+    def _active_group(self) -> WorkerGroup:
+        assert self._group is not None
+        return self._group
+
+    def _candidate(self) -> CandidateView:
+        return self._journal.view().candidate(self.name)
+
+    def _earlier_burnt(self) -> Burnt:
+        """Burnt by all process groups before this one."""
+        mine = (self._journal.epoch, self._gangs)
+        earlier = [gang for gang in self._candidate().gangs if (gang.epoch, gang.number) != mine]
+        return Burnt(sum(gang.device_seconds for gang in earlier), sum(gang.wall_seconds for gang in earlier))
+
+    def _poll_reservation(self) -> None:
+        if not self._active_group.reserved():
+            return
+        self._reserved_at = self._progress_at = time.monotonic()
+        previous = self._candidate().gang
+        self._root = self._journal.gang_root(self.name, self._gangs)
+        resumed = adopt_newest(Path(previous.root) if previous else None, self._root)
+        self._resumed_step = self._step = resumed.step if resumed else 0
+        self._write_start(previous, resumed)
+        remove_older_roots(self._root.parent, self._root)
+        self._resume_from = resumed
+        self._active_group.start()
+        self.phase = Phase.STARTING
+
+    def _write_start(self, previous: GangView | None, resumed: CheckpointInfo | None) -> None:
+        """From the event on, checkpoints of earlier process groups count for nothing."""
+        if previous and not _ended_well(previous):
+            self._write_restart(previous)
+        self._append(
+            "gang_started",
+            gang=self._gangs,
+            root=str(self._root),
+            world_size=self.shape.world_size,
+            resumed_from=str(resumed.path) if resumed else None,
+            resumed_step=self._resumed_step,
+        )
+
+    def _write_restart(self, previous: GangView) -> None:
+        steps, device_seconds = lost_work(
+            previous.step,
+            previous.device_seconds,
+            previous.checkpoint_step,
+            previous.checkpoint_device_seconds,
+            self._resumed_step,
+        )
+        self._append(
+            "restart",
+            reason=previous.ended or Cause.COORDINATOR_LOST.value,
+            from_step=self._resumed_step,
+            lost_steps=steps,
+            lost_device_seconds=device_seconds,
+        )
+
+    def _poll_start(self) -> None:
+        group = self._active_group
+        try:
+            if group.up():
+                self._write_processes()
+                group.launch(self._next_task())
+                self._progress_at = time.monotonic()
+                self.phase = Phase.RUNNING
+            elif self._is_stalled():
+                self._fail(self._stall())
+        except RankEnded as error:
+            self._fail(error.end)
+
+    def _next_task(self) -> TrainTask:
+        """The clock of the budget runs from the moment the devices are held, so the start-up of the ranks is in it."""
+        assert self._root is not None
+        clock = self.clock()
+        return self._make_task(self._root, self._resume_from, Burnt(clock["device_seconds"], clock["wall_seconds"]))
+
+    def _write_processes(self) -> None:
+        for facts in self._active_group.facts():
+            self._append("process_started", role="rank", gang=self._gangs, **asdict(facts))
+
+    # Running
+
+    def _poll_ranks(self) -> None:
+        group = self._active_group
+        for report in group.poll():
+            self._take(report)
+        self._flush_steps(force=False)
+        ends = group.ends()
+        if group.finished() and all(end.cause is None for end in ends):
+            self._finish()
+        elif any(end.cause is not None for end in ends):
+            self._first_end_at = self._first_end_at or time.monotonic()
+            if group.finished() or time.monotonic() > self._first_end_at + ROOT_CAUSE_SECONDS:
+                self._fail(root_cause(ends))
+        elif self._stop_deadline and time.monotonic() > self._stop_deadline:
+            self._fail(Ended(0, Cause.STALLED, "no checkpoint within the grace period"))
+        elif self._is_stalled():
+            self._fail(self._stall())
+
+    def _take(self, report: Report) -> None:
+        self._progress_at = time.monotonic()
+        if report.kind == "step":
+            self._step, self._stepped = report.fields["step"], True
+            self._steps.append(report.fields)
+            return
+        self._flush_steps(force=True)
+        clock = self.clock()
+        gang_clock = {name: clock[name] for name in ("gang_device_seconds", "gang_wall_seconds")}
+        self._append(f"train.{report.kind}", rank=report.rank, **(gang_clock | report.fields))
+
+    def _flush_steps(self, force: bool) -> None:
+        now = time.monotonic()
+        if not self._steps or not (force or now > self._flushed_at + STEP_BATCH_SECONDS):
+            return
+        clock = self.clock()
+        self._append(
+            "train.step",
+            steps=self._steps,
+            gang_device_seconds=clock["gang_device_seconds"],
+            gang_wall_seconds=clock["gang_wall_seconds"],
+        )
+        self._steps, self._flushed_at = [], now
+
+    def _is_stalled(self) -> bool:
+        return stalled(time.monotonic() - self._progress_at, self._stall_seconds, self._stepped)
+
+    def _stall(self) -> Ended:
+        seconds = time.monotonic() - self._progress_at
+        return Ended(0, Cause.STALLED, f"no progress for {seconds:.0f} s after step {self._step}")
+
+    # Ending
+
+    def _finish(self) -> None:
+        self._drain()
+        result: TrainResult = self._active_group.results()[0]
+        self._end_group(result.reason)
+        if result.reason == "budget":
+            self.result = result
+            self._append("candidate_done", result=result.model_dump(mode="json"))
+        self.phase = Phase.DONE if result.reason == "budget" else Phase.STOPPED
+
+    def _fail(self, end: Ended) -> None:
+        assert end.cause is not None
+        assert self._root is not None
+        self._drain()
+        self._end_group(end.cause.value, rank=end.rank, message=end.message)
+        newest = CheckpointStore(self._root).newest()
+        new_checkpoint = newest is not None and newest.step > self._resumed_step
+        decision = after_gang_end(end, self._consecutive, new_checkpoint, self._max_restarts)
+        if isinstance(decision, GiveUp):
+            self.failure = decision.reason
+            self._append("candidate_failed", error=self.failure, cause=end.cause.value, rank=end.rank)
+            self.phase = Phase.FAILED
+        elif self._stop_deadline:
+            self.phase = Phase.STOPPED
+        else:
+            self._consecutive = decision.consecutive
+            self._start_after = time.monotonic() + decision.after_seconds
+            self.phase = Phase.IDLE
+
+    def _drain(self) -> None:
+        for report in self._active_group.drain(wait_seconds=2.0):
+            self._take(report)
+        self._flush_steps(force=True)
+
+    def _end_group(self, outcome: str, **fields: Any) -> None:
+        group = self._group
+        if group is None:
+            return
+        facts = group.facts()
+        group.kill()
+        if self.phase is not Phase.RESERVING:
+            clock = self.clock()
+            clocks = {name: clock[name] for name in ("step", "gang_device_seconds", "gang_wall_seconds")}
+            self._append("gang_ended", gang=self._gangs, outcome=outcome, **clocks, **fields)
+            for rank in facts:
+                self._append("process_ended", role="rank", rank=rank.rank, pid=rank.pid, node=rank.node)
+        self._group, self._first_end_at, self._stepped = None, None, False
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        self._journal.append(kind, {"candidate": self.name, **fields})
+
+
+def _ended_well(gang: GangView) -> bool:
+    """Whether the group ended with a checkpoint of its last step."""
+    return gang.ended in ("budget", "pause", "cancel", "signal")

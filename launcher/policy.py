@@ -1,0 +1,175 @@
+"""Decisions about restarts, stalls and stops, as pure functions; the coordinator carries them out. Torch-free."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from parallelism.budget import Budget
+from parallelism.result import STALLED_EXIT_CODE
+
+
+class Cause(StrEnum):
+    """Why a process group, or a coordinator, came to an end that was not its own success."""
+
+    RANK_DIED = "rank died"
+    NODE_LOST = "node lost"
+    PREEMPTED = "preempted"
+    COORDINATOR_LOST = "coordinator lost"
+    STALLED = "stalled"
+    OUT_OF_MEMORY = "out of memory"
+    ERROR = "error"
+    DIVERGED = "diverged"
+    USER_ERROR = "user error"
+    FAULT = "fault in the code"
+
+
+UNCOUNTED = frozenset({Cause.NODE_LOST, Cause.PREEMPTED, Cause.COORDINATOR_LOST})
+"""Losses that say nothing about the job: they never use up ``max_restarts``."""
+
+HOPELESS = frozenset({Cause.DIVERGED, Cause.USER_ERROR, Cause.FAULT})
+"""Ends that the next try would meet again."""
+
+FAULTS_OF_CODE = ("AssertionError", "AttributeError", "ImportError", "KeyError", "NotImplementedError", "TypeError")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended: its error, or none where it returned a result."""
+
+    rank: int
+    cause: Cause | None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start the process group again from its last checkpoint, after a pause."""
+
+    after_seconds: float
+    consecutive: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Report the candidate as failed."""
+
+    reason: str
+
+
+def classify(types: tuple[str, ...]) -> Cause:
+    """The cause behind an exception, by the names of its class and bases, most derived first."""
+    if "DivergedError" in types:
+        return Cause.DIVERGED
+    if "ValueError" in types:
+        return Cause.USER_ERROR
+    if any(name in types for name in FAULTS_OF_CODE):
+        return Cause.FAULT
+    if any(name in types for name in ("MemoryError", "OutOfMemoryError")):
+        return Cause.OUT_OF_MEMORY
+    return Cause.ERROR
+
+
+def cause_of_exit(exit_code: int | None, node_alive: bool) -> Cause:
+    """The cause behind a process that is simply gone."""
+    if not node_alive:
+        return Cause.NODE_LOST
+    return Cause.STALLED if exit_code == STALLED_EXIT_CODE else Cause.RANK_DIED
+
+
+def root_cause(ends: list[Ended]) -> Ended:
+    """The end that brought the others about.
+
+    When one rank dies, the collectives of its peers fail with errors of their own: a hopeless error explains a death,
+    and a death explains an error, so the most telling cause wins, and among equals the lowest rank.
+    """
+    order = (
+        Cause.DIVERGED,
+        Cause.USER_ERROR,
+        Cause.FAULT,
+        Cause.PREEMPTED,
+        Cause.NODE_LOST,
+        Cause.OUT_OF_MEMORY,
+        Cause.RANK_DIED,
+        Cause.STALLED,
+        Cause.COORDINATOR_LOST,
+        Cause.ERROR,
+    )
+    failed = [end for end in ends if end.cause is not None]
+    assert failed, "no rank failed"
+    return min(failed, key=lambda end: (order.index(end.cause or Cause.ERROR), end.rank))
+
+
+def after_gang_end(end: Ended, consecutive: int, new_checkpoint: bool, max_restarts: int) -> Restart | GiveUp:
+    """What follows when a process group has ended with an error.
+
+    ``consecutive`` counts the restarts since the last new checkpoint; a group that wrote one starts the count afresh.
+    """
+    assert end.cause is not None
+    if end.cause in HOPELESS:
+        return GiveUp(f"{end.message} (rank {end.rank}; not tried again)")
+    count = 0 if new_checkpoint else consecutive
+    if end.cause not in UNCOUNTED:
+        count += 1
+    if count > max_restarts:
+        tries = "1 restart" if max_restarts == 1 else f"{max_restarts} restarts"
+        return GiveUp(f"{end.cause} on rank {end.rank} after {tries} without a new checkpoint: {end.message}")
+    return Restart(after_seconds=0.0 if count <= 1 else min(60.0, 2.0 ** (count - 2)), consecutive=count)
+
+
+def stalled(seconds_without_progress: float, stall_seconds: float, first_step_done: bool) -> bool:
+    """Whether a group counts as dead. Until the first step it may load and build for three times as long."""
+    return seconds_without_progress > stall_seconds * (1 if first_step_done else 3)
+
+
+@dataclass(frozen=True)
+class CoordinatorEnd:
+    """How a coordinator process ended, and whether its attempt got anywhere (a stage or a checkpoint)."""
+
+    exit_code: int | None
+    released: bool
+    progressed: bool
+
+
+def after_coordinator_end(end: CoordinatorEnd, fruitless: int, most_fruitless: int = 3) -> Restart | GiveUp | None:
+    """What the dispatcher does when a coordinator has gone: nothing where it ended by itself.
+
+    Losing a coordinator does not count against the job, but one that dies again and again before it achieves
+    anything (``fruitless`` times in a row so far) will not succeed the next time either.
+    """
+    if end.released:
+        return None
+    count = 0 if end.progressed else fruitless + 1
+    if count > most_fruitless:
+        return GiveUp(f"the coordinator died {count} times without getting anywhere (exit code {end.exit_code})")
+    return Restart(after_seconds=0.0 if count <= 1 else min(30.0, 2.0 ** (count - 2)), consecutive=count)
+
+
+def lost_work(
+    step: int, device_seconds: float, checkpoint_step: int, checkpoint_device_seconds: float, resumed_step: int
+) -> tuple[int, float]:
+    """Steps and device-seconds to be repeated when a group that reached ``step`` is continued from ``resumed_step``.
+
+    The clock is known at the last checkpoint that was reported; where the group is continued from another one (its
+    report was lost, or its files are damaged), time is shared out evenly over the steps.
+    """
+    steps = max(0, step - resumed_step)
+    if resumed_step == checkpoint_step:
+        return steps, max(0.0, device_seconds - checkpoint_device_seconds)
+    if resumed_step > checkpoint_step and step > checkpoint_step:
+        return steps, (device_seconds - checkpoint_device_seconds) * steps / (step - checkpoint_step)
+    return steps, device_seconds * steps / step if step else device_seconds
+
+
+def side_by_side(budget: Budget) -> Literal["devices", "cores"]:
+    """What bounds the candidates that train at once: under a clock budget they never share physical cores."""
+    return "devices" if budget.counts_progress else "cores"
+
+
+def fits(needed: int, in_use: int, total: int, threads: int, cores: int, bound: Literal["devices", "cores"]) -> bool:
+    """Whether one more group of ``needed`` devices may start beside those that hold ``in_use`` of ``total``.
+
+    A group that is alone may always start: a layout larger than the cluster was refused before the job was queued.
+    """
+    if in_use + needed > total:
+        return False
+    return bound == "devices" or in_use == 0 or (in_use + needed) * threads <= cores

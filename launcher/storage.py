@@ -1,0 +1,105 @@
+"""The few operations that a journal needs of a store, and the file system's answer to them. Torch-free.
+
+An object store offers the same five: a conditional PUT (``If-None-Match: *``) is :meth:`Storage.put_exclusive`.
+"""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Protocol
+
+
+class Storage(Protocol):
+    """Objects under keys such as ``events/00000001.json``. A reader never sees half an object."""
+
+    def put_exclusive(self, key: str, content: bytes) -> bool:
+        """Create the object; False, and nothing changed, where it exists already."""
+
+    def put(self, key: str, content: bytes) -> None:
+        """Create or replace the object."""
+
+    def get(self, key: str) -> bytes | None:
+        """The object, or None where there is none."""
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of the objects directly under ``prefix/``, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object if it exists."""
+
+
+class LocalStorage:
+    """A directory of a local or shared POSIX file system.
+
+    An object is written under a unique name in ``.partial`` and then linked or renamed to its key, both of which are
+    atomic on local file systems and on NFS. ``durable`` adds fsync, so that an object survives a power failure once the
+    call returns.
+    """
+
+    PARTIAL = ".partial"
+
+    def __init__(self, root: Path, durable: bool = True) -> None:
+        self.root = root
+        self.durable = durable
+
+    def put_exclusive(self, key: str, content: bytes) -> bool:
+        target, partial = self._target(key), self._write_partial(content)
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            # NFS may repeat a link that has worked already and then report that it exists.
+            if partial.stat().st_nlink < 2:
+                return False
+        finally:
+            partial.unlink()
+        self._sync_directory(target.parent)
+        return True
+
+    def put(self, key: str, content: bytes) -> None:
+        target, partial = self._target(key), self._write_partial(content)
+        os.replace(partial, target)
+        self._sync_directory(target.parent)
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def exists(self, key: str) -> bool:
+        return (self.root / key).exists()
+
+    def list(self, prefix: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_file())
+        except FileNotFoundError:
+            return []
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def _target(self, key: str) -> Path:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _write_partial(self, content: bytes) -> Path:
+        partial = self._target(f"{self.PARTIAL}/{uuid.uuid4().hex}")
+        with open(partial, "xb") as file:
+            file.write(content)
+            if self.durable:
+                file.flush()
+                os.fsync(file.fileno())
+        return partial
+
+    def _sync_directory(self, directory: Path) -> None:
+        if not self.durable:
+            return
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,360 @@
+"""One candidate's process group on Ray: a placement group, one actor per device, polled and never called back.
+
+A placement-group bundle holds one tensor-parallel group, so that it stays on one node; the whole group is reserved at
+once, so that candidates cannot deadlock each other. torch is imported only inside the actors.
+"""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launcher.policy import Cause, Ended, cause_of_exit, classify
+from parallelism.registry import load
+from parallelism.stop import StopReason, StopRequest
+
+TRAIN = "parallelism.run:run_task"
+CONNECT = "parallelism.device:connect"
+HOST_STORE = "parallelism.device:host_store"
+
+RankFunction = Callable[[Any, Callable[[str, dict[str, Any]], None], StopRequest], Any]
+"""``(task, report, stop) -> result``: what a rank runs once the process group is connected."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One thing a rank said; the time is the rank's clock, seconds since 1970."""
+
+    rank: int
+    time: float
+    kind: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """Where a rank lives."""
+
+    rank: int
+    pid: int
+    node: str
+    node_id: str
+    address: str
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Resources of a process group. Rank ``r`` lives in bundle ``r // tensor``."""
+
+    world_size: int
+    tensor: int
+    threads: int
+    gpus: bool = False
+
+    def bundles(self) -> list[dict[str, float]]:
+        """What each tensor-parallel group needs."""
+        bundle: dict[str, float] = {"CPU": float(self.tensor * self.threads)}
+        if self.gpus:
+            bundle["GPU"] = float(self.tensor)
+        return [bundle] * (self.world_size // self.tensor)
+
+
+class RankProcess:
+    """One rank, in a process of its own."""
+
+    def __init__(self, rank: int, log: str) -> None:
+        self._rank = rank
+        self._stop = StopRequest()
+        self._reports: list[Report] = []
+        self._lock = threading.Lock()
+        self._store: Any = None
+        _send_output_to(Path(log))
+
+    def facts(self) -> RankFacts:
+        """Where this rank lives."""
+        context = ray.get_runtime_context()
+        return RankFacts(
+            rank=self._rank,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            node_id=context.get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            gpus=tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])),
+        )
+
+    def host(self, timeout_seconds: float) -> tuple[str, int]:
+        """Rank 0 only: open the rendezvous on a free port and say where it is."""
+        address = ray.util.get_node_ip_address()
+        self._store = load(HOST_STORE)(address, timeout_seconds=timeout_seconds)
+        return address, self._store.port
+
+    def run(
+        self,
+        function: str,
+        task: Any,
+        world_size: int,
+        rendezvous: tuple[str, int] | None,
+        threads: int,
+        timeout_seconds: float,
+    ) -> Any:
+        """Connect to the other ranks and run ``function(task, report, stop)``; its result.
+
+        All of it happens in the calling thread, to which megatron-core's adaptation to the CPU is bound.
+        """
+        if rendezvous is not None:
+            load(CONNECT)(
+                self._rank,
+                world_size,
+                *rendezvous,
+                threads=threads,
+                timeout_seconds=timeout_seconds,
+                # Ray shows each actor its own GPUs only, so that a rank's device is always the first.
+                local_rank=0,
+                store=self._store,
+            )
+        work: RankFunction = load(function)
+        return work(task, self._report, self._stop)
+
+    def poll(self) -> list[Report]:
+        """What this rank said since the last call."""
+        with self._lock:
+            reports, self._reports = self._reports, []
+        return reports
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the rank to checkpoint and return."""
+        self._stop.request(reason)
+
+    def _report(self, kind: str, fields: dict[str, Any]) -> None:
+        with self._lock:
+            self._reports.append(Report(self._rank, time.time(), kind, fields))
+
+
+def _send_output_to(log: Path) -> None:
+    """Everything this process prints, tracebacks of crashes included, goes into the journal's log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    faulthandler.enable()
+
+
+class WorkerGroup:
+    """A process group and what it said. Methods return at once; only :meth:`drain` and :meth:`kill` wait, with a bound.
+
+    ``log`` names each rank's log file. ``function`` is the dotted path of what a rank runs; ``connected=False`` leaves
+    torch.distributed out. Collectives wait for ``timeout_seconds``.
+    """
+
+    def __init__(
+        self,
+        shape: GroupShape,
+        log: Callable[[int], Path],
+        *,
+        function: str = TRAIN,
+        connected: bool = True,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.shape = shape
+        self._log = log
+        self._function = function
+        self._connected = connected
+        self._timeout_seconds = timeout_seconds
+        self._placement: Any = None
+        self._actors: list[Any] = []
+        self._facts: list[RankFacts] = []
+        self._pending_facts: list[Any] = []
+        self._pending_host: Any = None
+        self._rendezvous: tuple[str, int] | None = None
+        self._runs: dict[Any, int] = {}
+        self._polls: dict[Any, int] = {}
+        self._results: dict[int, Any] = {}
+        self._ends: dict[int, Ended] = {}
+
+    def reserve(self) -> None:
+        """Ask for all devices at once."""
+        self._placement = placement_group(self.shape.bundles(), strategy="PACK")
+
+    def reserved(self) -> bool:
+        """Whether all devices are held."""
+        return bool(placement_group_table(self._placement)["state"] == "CREATED")
+
+    def start(self) -> None:
+        """Create the actors on the reserved devices."""
+        for rank in range(self.shape.world_size):
+            bundle = PlacementGroupSchedulingStrategy(self._placement, rank // self.shape.tensor)
+            actor = ray.remote(RankProcess).options(
+                num_cpus=self.shape.threads,
+                num_gpus=1 if self.shape.gpus else 0,
+                scheduling_strategy=bundle,
+                max_concurrency=4,
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            self._actors.append(actor.remote(rank, str(self._log(rank))))
+        self._pending_facts = [actor.facts.remote() for actor in self._actors]
+
+    def up(self) -> bool:
+        """Whether every rank has a process and rank 0 has opened the rendezvous. Raises :class:`RankEnded`."""
+        if not self._facts and _all_ready(self._pending_facts):
+            self._facts = [self._value(rank, ref) for rank, ref in enumerate(self._pending_facts)]
+            if self._connected:
+                self._pending_host = self._actors[0].host.remote(self._timeout_seconds)
+        if self._pending_host is not None and _all_ready([self._pending_host]):
+            self._rendezvous, self._pending_host = self._value(0, self._pending_host), None
+        return bool(self._facts) and (self._rendezvous is not None or not self._connected)
+
+    def launch(self, task: Any) -> None:
+        """Have every rank connect and run the group's function on ``task``."""
+        assert self.up()
+        shape = self.shape
+        for rank, actor in enumerate(self._actors):
+            ref = actor.run.remote(
+                self._function, task, shape.world_size, self._rendezvous, shape.threads, self._timeout_seconds
+            )
+            self._runs[ref] = rank
+
+    def facts(self) -> list[RankFacts]:
+        """Where the ranks live; empty until they are up."""
+        return self._facts
+
+    def poll(self) -> list[Report]:
+        """Collect what the ranks have said and which of them have ended. A rank that does not answer delays nothing."""
+        reports = self._collect()
+        for ref in _ready(list(self._runs)):
+            self._settle(self._runs.pop(ref), ref)
+        self._ask(set(self._runs.values()) - set(self._polls.values()))
+        return reports
+
+    def drain(self, wait_seconds: float = 5.0) -> list[Report]:
+        """The last words of ranks that have ended; waits for the answers, but not for longer than ``wait_seconds``."""
+        deadline = time.monotonic() + wait_seconds
+        reports = self._wait_for_answers(deadline)
+        self._ask(set(range(len(self._actors))))
+        return reports + self._wait_for_answers(deadline)
+
+    def _ask(self, ranks: set[int]) -> None:
+        self._polls |= {self._actors[rank].poll.remote(): rank for rank in sorted(ranks)}
+
+    def _wait_for_answers(self, deadline: float) -> list[Report]:
+        if self._polls:
+            ray.wait(list(self._polls), num_returns=len(self._polls), timeout=max(0.0, deadline - time.monotonic()))
+        return self._collect()
+
+    def _collect(self) -> list[Report]:
+        reports: list[Report] = []
+        for ref in _ready(list(self._polls)):
+            del self._polls[ref]
+            with contextlib.suppress(RayError):  # how a rank ended is told by its run
+                reports += ray.get(ref, timeout=10)
+        return sorted(reports, key=lambda report: report.time)
+
+    def ends(self) -> list[Ended]:
+        """The ranks that have ended so far, with their cause, or none where they returned."""
+        return [self._ends[rank] for rank in sorted(self._ends)]
+
+    def finished(self) -> bool:
+        """Whether every rank has ended."""
+        return len(self._ends) == self.shape.world_size
+
+    def results(self) -> list[Any]:
+        """The results by rank, once all have returned."""
+        return [self._results[rank] for rank in range(self.shape.world_size)]
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Ask every rank to checkpoint and return."""
+        for actor in self._actors:
+            actor.stop.remote(reason)
+
+    def kill(self, wait_seconds: float = 10.0) -> None:
+        """End every process and give the devices back; waits until those of this machine are really gone."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+        here = {facts.pid for facts in self._facts if facts.node == socket.gethostname()}
+        wait_until_gone(here, wait_seconds)
+        self._actors, self._runs, self._polls = [], {}, {}
+
+    def _value(self, rank: int, ref: Any) -> Any:
+        try:
+            return ray.get(ref, timeout=10)
+        except RayError as error:
+            raise RankEnded(self._end_of(rank, error)) from error
+
+    def _settle(self, rank: int, ref: Any) -> None:
+        try:
+            self._results[rank] = ray.get(ref, timeout=60)
+            self._ends[rank] = Ended(rank, None)
+        except RayError as error:
+            self._ends[rank] = self._end_of(rank, error)
+
+    def _end_of(self, rank: int, error: RayError) -> Ended:
+        if isinstance(error, RayTaskError):
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            return Ended(rank, classify(tuple(kind.__name__ for kind in type(cause).__mro__)), _one_line(cause))
+        where = next((facts for facts in self._facts if facts.rank == rank), None)
+        if isinstance(error, ActorDiedError) and error.preempted:
+            return Ended(rank, Cause.PREEMPTED, "its node was taken away")
+        if not isinstance(error, RayActorError | ActorUnavailableError):
+            return Ended(rank, classify(tuple(kind.__name__ for kind in type(error).__mro__)), _one_line(error))
+        cause_of_death = cause_of_exit(None, node_alive=where is None or where.node_id in live_nodes())
+        process = f"process {where.pid} on {where.node}" if where else "its process"
+        return Ended(rank, cause_of_death, f"{process} is gone; its last words are in {self._log(rank)}")
+
+
+class RankEnded(RuntimeError):
+    """A rank did not come up."""
+
+    def __init__(self, end: Ended) -> None:
+        super().__init__(end.message)
+        self.end = end
+
+
+def live_nodes() -> set[str]:
+    """Identifiers of the cluster's nodes that are up."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def wait_until_gone(pids: set[int], seconds: float) -> None:
+    """Wait until none of these processes of this machine runs any more, but no longer than ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(_runs(pid) for pid in pids):
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _ready(refs: list[Any]) -> list[Any]:
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else []
+
+
+def _all_ready(refs: list[Any]) -> bool:
+    return len(_ready(refs)) == len(refs)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:2000]}"
