@@ -50,6 +50,9 @@ JOB_TAG = "espalier.job"
 RUN_TAG = "espalier.run"
 NOTE_TAG = "mlflow.note.content"
 
+UI_PORT = 5000
+"""Where ``espalier ui`` serves a home's own store, unless the port is taken."""
+
 EVENTS_PER_ROUND = 500
 # MLflow's limits for one request, and for the length of one value.
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100
@@ -114,6 +117,13 @@ class TrackedJob:
         plan = self._journal.document("plan")
         return texts | ({"plan.json": json.dumps(plan, indent=1)} if plan else {})
 
+    def link(self, cursor: "Cursor", run_id: str) -> None:
+        """Note where the job is shown; for a store without a server, where ``espalier ui`` shows it by default."""
+        base = cursor.uri.rstrip("/") if cursor.uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
+        url = f"{base}/#/experiments/{cursor.experiment_id}/runs/{run_id}"
+        place = {"uri": cursor.uri, "experiment_id": cursor.experiment_id, "run_id": run_id, "url": url}
+        self._journal.write_document("tracking/mlflow", place)
+
     def report(self) -> list[Path]:
         """The frontier's figure, table and data, as far as they exist now."""
         directory = self._journal.report_dir
@@ -128,7 +138,6 @@ class Cursor:
     after: int = 0
     last_steps: dict[str, int] = field(default_factory=dict)
     experiment_id: str | None = None
-    run_id: str | None = None
     closed: bool = False
 
     @classmethod
@@ -289,7 +298,7 @@ class Feeder:
             self._known[run] = self._create_run(run, name or self._job.name, parent_id, milliseconds)
         self._described.add(run)
         if run == JOB:
-            self.cursor.run_id = self._known[run]
+            self._job.link(self.cursor, self._known[run])
             self._write_once(run, Changes(milliseconds, params=flatten(self._job.params())))
             self._upload(self._job.documents(), [])
         elif parent == JOB:

@@ -143,9 +143,10 @@ class Translation:
             if event.get(name) is not None:
                 hours = event[name] / 3600.0
                 changes.metrics.append(_point(f"burnt_{name.partition('_')[0]}_hours", hours, event["number"], event))
-        for name, value in flatten(event.get("system") or {}, numbers=True).items():
-            key = "/".join(("system", str(event.get("node") or "node"), name.replace(".", "/")))
-            changes.metrics.append(_point(key, value, event["number"], event))
+        system = event.get("system") or {}
+        for node, numbers in ({event["node"]: system} if event.get("node") else system).items():
+            for name, value in flatten(numbers, numbers=True).items():
+                changes.metrics.append(_point(f"system/{node}/{name}", value, event["number"], event))
 
     def _restart(self, event: Mapping[str, Any]) -> None:
         changes = self.of(event.get("candidate") or JOB, event)

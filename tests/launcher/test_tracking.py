@@ -76,7 +76,7 @@ def training_step(step: int) -> dict[str, float]:
         "tokens": 1000 * step,
         "samples": 10 * step,
         "flops": 1e9 * step,
-        "seconds": 0.01,
+        "seconds": 0.0,
         "tokens_per_second": 1e5,
         "mfu": 0.4,
         "fraction": step / STEPS,
@@ -207,6 +207,10 @@ def test_server_killed_in_the_middle_loses_and_doubles_nothing(journal: Journal,
     assert found["large"].data.params["parameters"] == "5000000"
     assert found["large/magnitude-s50"].data.params["recipe.prune.method"] == "magnitude"
     assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+    place = journal.document("tracking/mlflow")
+    assert place is not None
+    assert place["url"].endswith(f"/runs/{found[JOB].info.run_id}")
 
     # Feeding the finished job again changes nothing.
     before = {key: (run.data.metrics, run.data.tags) for key, run in found.items()}
