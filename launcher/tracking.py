@@ -50,6 +50,8 @@ JOB_TAG = "espalier.job"
 RUN_TAG = "espalier.run"
 NOTE_TAG = "mlflow.note.content"
 
+SQLITE = "sqlite:///"
+
 UI_PORT = 5000
 """Where ``espalier ui`` serves a home's own store, unless the port is taken."""
 
@@ -159,15 +161,12 @@ class Cursor:
 class Feeder:
     """Brings one job's runs in MLflow up to date with its journal."""
 
-    def __init__(
-        self, job: TrackedJob, client: "MlflowClient", directory: Path, uri: str, artifacts: str | None
-    ) -> None:
-        """``directory`` keeps the cursor; ``artifacts``: where a new experiment's files go (None: the server says)."""
+    def __init__(self, job: TrackedJob, client: "MlflowClient", directory: Path, uri: str) -> None:
+        """``directory`` keeps the cursor; ``uri`` is where the client writes."""
         self._job = job
         self._client = client
         self.job_id = job.job_id
         self._directory = directory
-        self._artifacts = artifacts
         self._known: dict[str, str] = {}  # run key → id, as the server told
         self._described: set[str] = set()  # runs whose parameters were written since the last look at the server
         self.cursor = Cursor.load(directory, uri)
@@ -190,7 +189,9 @@ class Feeder:
         with _calls():
             experiment = self._client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
-                experiment_id = self._client.create_experiment(EXPERIMENT, artifact_location=self._artifacts)
+                artifacts = artifacts_beside(self.cursor.uri)
+                location = artifacts.absolute().as_uri() if artifacts else None
+                experiment_id = self._client.create_experiment(EXPERIMENT, artifact_location=location)
             else:
                 experiment_id = experiment.experiment_id
         self.cursor.experiment_id = experiment_id
@@ -424,12 +425,12 @@ def _say(message: str) -> None:
 
 def default_uri(home: Path) -> str:
     """The MLflow store that belongs to a home: a SQLite file."""
-    return f"sqlite:///{home.absolute()}/mlflow/mlflow.db"
+    return f"{SQLITE}{home.absolute()}/mlflow/mlflow.db"
 
 
-def default_artifacts(home: Path) -> Path:
-    """Where the artifacts of that store lie."""
-    return home.absolute() / "mlflow" / "artifacts"
+def artifacts_beside(uri: str) -> Path | None:
+    """Where the artifacts of a SQLite store lie; None for a server, which decides itself."""
+    return Path(uri.removeprefix(SQLITE)).parent / "artifacts" if uri.startswith(SQLITE) else None
 
 
 class FeederProcess:
@@ -439,8 +440,6 @@ class FeederProcess:
         """``uri``: an MLflow server or store; by default the one of the home."""
         command = [sys.executable, "-m", "launcher.tracking", str(journal.directory)]
         command += ["--uri", uri or default_uri(home)]
-        if uri is None:
-            command += ["--artifacts", str(default_artifacts(home))]
         with open(journal.log_path("tracking"), "ab") as log:
             # In a session of its own: Ctrl-C is meant for the job, whose end the feeder still has to write down.
             self._process = subprocess.Popen(
@@ -471,9 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not _acquire(lock, leaving):
             _say(f"another feeder is at work on job {journal.job_id}")
             return EXIT_BUSY
-        feeder = Feeder(
-            TrackedJob(journal), _connect(options.uri), journal.tracking_dir, options.uri, options.artifacts
-        )
+        feeder = Feeder(TrackedJob(journal), _connect(options.uri), journal.tracking_dir, options.uri)
         return follow(feeder, leaving, options.poll, options.patience)
 
 
@@ -483,7 +480,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("journal", type=Path, help="a job's directory")
     parser.add_argument("--uri", required=True, help="an MLflow tracking server or store")
-    parser.add_argument("--artifacts", help="where a new experiment keeps artifacts; default: the server says")
     parser.add_argument("--once", action="store_true", help="feed what there is and end")
     parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS")
     parser.add_argument("--patience", type=float, default=20.0, metavar="SECONDS", help="for a dead server, at the end")
@@ -511,9 +507,9 @@ def _connect(uri: str) -> "MlflowClient":
     }
     from mlflow import MlflowClient
 
-    prefix = "sqlite:///"
-    if uri.startswith(prefix):
-        Path(uri.removeprefix(prefix)).parent.mkdir(parents=True, exist_ok=True)
+    artifacts = artifacts_beside(uri)
+    if artifacts:
+        artifacts.mkdir(parents=True, exist_ok=True)
     with _calls():
         return MlflowClient(uri)
 

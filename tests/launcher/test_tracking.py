@@ -229,7 +229,7 @@ def test_feeding_without_the_cursor_doubles_nothing_and_artifacts_are_there(jour
     home = journal.directory.parents[1]
     uri = default_uri(home)
 
-    assert feed_once(journal, uri, "--artifacts", str(home / "mlflow" / "artifacts")).returncode == EXIT_DONE
+    assert feed_once(journal, uri).returncode == EXIT_DONE
     (journal.tracking_dir / "cursor.json").unlink()
     assert feed_once(journal, uri).returncode == EXIT_DONE
 
