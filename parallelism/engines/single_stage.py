@@ -1,0 +1,48 @@
+"""What the engines without pipeline stages share: one module holds this rank's part of all layers."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from parallelism import device
+from parallelism.engines.megatron import build_chunks, start_parallel_state
+from parallelism.initialize import initialize
+from parallelism.models.base import Batch, ShardedFamily
+from parallelism.training import TrainTask
+
+
+def build_module(family: ShardedFamily, task: TrainTask) -> torch.nn.Module:
+    """This rank's part of the model at ``task.layout``, with its start weights; starts megatron-core's groups first."""
+    start_parallel_state(task.layout, task.seed)
+    megatron = family.transformer_config(task.model, task.layout, task.training)
+    (module,) = build_chunks(family, task.model, task.layout, megatron)
+    initialize([module], task.seed, megatron.init_method_std, task.model.layers)
+    return module
+
+
+def to_device(batch: Batch) -> Batch:
+    """The batch on this rank's device."""
+    return {name: tensor.to(device.device()) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(family: ShardedFamily, module: torch.nn.Module, micro_batches: Sequence[Batch]) -> float:
+    """Mean loss per token over all data ranks' micro-batches, in evaluation mode; the same on every rank."""
+    module.eval()
+    try:
+        return mean_over_data([family.losses(module, to_device(batch)) for batch in micro_batches])
+    finally:
+        module.train()
+
+
+def mean_over_data(losses: Sequence[Tensor]) -> float:
+    """Mean of the per-token losses [batch, sequence] of all data ranks' micro-batches, the same on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=device.device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for part in losses:
+            total += torch.stack((part.detach().double().sum(), total.new_tensor(part.numel())))
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
