@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
-from parallelism.budget import Progress
+from parallelism.budget import Burnt, Progress
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
 from parallelism.options import Options
@@ -31,6 +31,7 @@ class Metrics(Options):
     train_loss: float | None = Field(default=None, description="of the last step before the checkpoint")
     validation_loss: float | None = Field(default=None, description="of the last evaluation before the checkpoint")
     evaluations: int = Field(default=0, description="periodic evaluations already done")
+    burnt: Burnt = Field(default=Burnt(), description="by all attempts until the checkpoint was begun")
 
 
 class CheckpointInfo(Options):
@@ -145,16 +146,21 @@ class CheckpointStore:
         _write_whole(directory / MANIFEST, info.model_dump_json(indent=1))
         return info
 
+    def discard(self, directory: Path) -> None:
+        """Delete as much as possible of a checkpoint that could not be completed."""
+        (directory / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
     def keep_newest(self, count: int) -> None:
         """Delete all complete checkpoints but the newest ``count``. Raises ``OSError``."""
         for info in self.complete()[:-count]:
             _remove(info.path)
 
     def remove_incomplete(self, epoch: int) -> None:
-        """Delete what attempts up to ``epoch`` left unfinished; none of them may still be writing."""
+        """Delete what attempts up to ``epoch`` left unfinished."""
         for found_epoch, _, path in self._directories():
             if found_epoch <= epoch and not (path / MANIFEST).exists():
-                _remove(path)
+                self.discard(path)
 
     def _directories(self) -> list[tuple[int, int, Path]]:
         """(epoch, step, path) of everything under the root that is named like a checkpoint, in order."""

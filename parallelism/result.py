@@ -48,3 +48,7 @@ class DivergedError(RuntimeError):
             f"training diverged at step {self.step}: loss {self.loss}, gradient norm {self.gradient_norm}; {kept}. "
             "Lower training.learning_rate, lengthen training.warmup_fraction or set training.gradient_clip"
         )
+
+
+class LastCheckpointError(RuntimeError):
+    """The state that a run ended with could not be written; what was complete before is still there."""
