@@ -1,0 +1,40 @@
+"""The environment of the processes a job starts. Does not import Ray, which reads its environment on import."""
+
+import os
+import secrets
+import socket
+from pathlib import Path
+
+
+def own_cluster() -> dict[str, str]:
+    """Environment for a process that runs a cluster of its own, to be set before ``ray`` is imported.
+
+    Everything listens on 127.0.0.1, asks for a token that only this job knows, and reports nothing to anybody.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Ray's name for "this cluster is one machine": all its servers bind the loopback interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Helpers of Ray that lose the head give up after seconds instead of a minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+        "GLOO_SOCKET_IFNAME": loopback_interface(),
+    }
+
+
+def loopback_interface() -> str:
+    """The name of the loopback network interface."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    return names[0] if names else "lo"
+
+
+def default_devices(threads: int) -> int:
+    """Ranks that this machine carries without sharing cores."""
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def python_path() -> str:
+    """``PYTHONPATH`` for child processes: the code that runs here first, then what this process was given."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)

@@ -1,0 +1,70 @@
+"""Connecting a coordinator to Ray: an existing cluster, or one of its own that lives and dies with it. Torch-free."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+OWN = "own"
+"""The address that stands for a cluster of the coordinator's own."""
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Only small messages pass through Ray; tensors travel through files and collectives."""
+
+LONGEST_TEMP_DIR = 30
+"""AF_UNIX paths end at 107 bytes, and Ray appends up to 75 of its own."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the cluster offers: ranks that can run at once, and what each of them is."""
+
+    devices: int
+    threads: int
+    gpus: bool
+    cores: int
+
+
+@contextmanager
+def ray_session(address: str, devices: int, threads: int, temp_dir: Path | None) -> Iterator[Room]:
+    """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs."""
+    if address == OWN:
+        _start_own(devices * threads, temp_dir)
+    else:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        yield measure_room(threads, devices)
+    finally:
+        ray.shutdown()
+
+
+def measure_room(threads: int, most_devices: int | None) -> Room:
+    """What the connected cluster offers, no more than ``most_devices`` of it."""
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    found = gpus or int(resources.get("CPU", 0)) // threads
+    devices = found if most_devices is None else min(found, most_devices)
+    return Room(devices=devices, threads=threads, gpus=gpus > 0, cores=physical_cores())
+
+
+def physical_cores() -> int:
+    """Processors this process may use; on a cluster, those of the coordinator's node times the nodes."""
+    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else [None]
+    return len(os.sched_getaffinity(0)) * len(alive)
+
+
+def _start_own(cpus: int, temp_dir: Path | None) -> None:
+    if temp_dir is not None and len(os.fsencode(temp_dir)) > LONGEST_TEMP_DIR:
+        raise ValueError(f"ray-dir {temp_dir} is too long for Ray's sockets: use at most {LONGEST_TEMP_DIR} bytes")
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=str(temp_dir) if temp_dir else None,
+    )
