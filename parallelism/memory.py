@@ -1,0 +1,227 @@
+"""How much memory one rank needs, by part, from shapes alone. Torch-free.
+
+Everything is above what a process holds once it has imported its libraries and joined its process group, which is
+:data:`BASELINE_BYTES`. Measured against real processes by ``benchmarks/memory``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from pydantic import NonNegativeInt
+
+from parallelism.layout import Layout, stage_layers
+from parallelism.models.base import ModelConfig
+from parallelism.models.gpt.config import GPTConfig
+from parallelism.options import Options
+from parallelism.training import TrainingConfig
+
+FP32, BF16 = 4, 2
+"""Bytes of one number."""
+
+BASELINE_BYTES = {"cpu": 600 * 2**20, "gpu": 1536 * 2**20}
+"""What a rank holds before it has a model: libraries and process group (CPU), CUDA context and NCCL buffers (GPU)."""
+
+
+class MemoryEstimate(Options):
+    """Bytes that the rank needing most holds at its peak, by part, above the baseline."""
+
+    weights: NonNegativeInt
+    gradients: NonNegativeInt
+    master_weights: NonNegativeInt
+    moments: NonNegativeInt
+    activations: NonNegativeInt
+    logits: NonNegativeInt
+    buffers: NonNegativeInt
+    offloaded: NonNegativeInt = 0
+
+    def parts(self) -> dict[str, int]:
+        """What lies on the device, by part."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "offloaded"}
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.parts().values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: its place, and the layers of all its model chunks."""
+
+    index: int
+    layers: int
+    first: bool
+    last: bool
+
+
+def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
+    """Every pipeline stage, in order; chunk ``c`` of an interleaved pipeline belongs to stage ``c mod pipeline``."""
+    chunks = stage_layers(config.layers, layout.pipeline * layout.virtual_pipeline)
+    return [
+        Stage(index, sum(chunks[index :: layout.pipeline]), index == 0, index == layout.pipeline - 1)
+        for index in range(layout.pipeline)
+    ]
+
+
+def memory_per_rank(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int
+) -> MemoryEstimate:
+    """The estimate of the pipeline stage that needs most. ``training`` holds no ``auto``.
+
+    Weights, gradients and optimizer by the engine's rules; activations as megatron-core's local layers with flash
+    attention keep them (after Korthikanti et al. 2022, equations 1 to 4, without the scores), times the micro-batches
+    in flight under 1F1B.
+    """
+    estimates = [_stage_memory(config, layout, training, sequence_length, stage) for stage in stages(config, layout)]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def parameter_tensors(config: ModelConfig, layout: Layout, stage: Stage) -> Iterator[int]:
+    """Elements of every parameter that a rank of ``stage`` holds."""
+    for name, shape in config.parameter_shapes().items():
+        for _ in range(_copies(name, config, layout, stage)):
+            yield prod(shape) // (layout.tensor if _is_split(name) else 1)
+
+
+def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
+    """Parameters on a rank of every pipeline stage, copies of tied embeddings included."""
+    return [sum(parameter_tensors(config, layout, stage)) for stage in stages(config, layout)]
+
+
+def _copies(name: str, config: ModelConfig, layout: Layout, stage: Stage) -> int:
+    """How often a parameter of the whole model stands for one of this stage; layers are alike, so layer 0 is counted."""
+    if name.startswith("layers."):
+        return stage.layers if name.startswith("layers.0.") else 0
+    if name.startswith(("final_norm.", "output.")):
+        return int(stage.last)
+    is_tied = name == "embedding.tokens" and "output.weight" not in config.parameter_shapes()
+    return int(stage.first or (is_tied and stage.last))
+
+
+def _is_split(name: str) -> bool:
+    """Whether a parameter is divided over tensor-parallel ranks; the others are held by all of them."""
+    if name in ("embedding.tokens", "output.weight"):
+        return True
+    if not name.startswith("layers.") or ".norm." in name:
+        return False
+    return not name.endswith(("attention.o.bias", "mlp.down.bias"))
+
+
+def _stage_memory(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, stage: Stage
+) -> MemoryEstimate:
+    tensors = list(parameter_tensors(config, layout, stage))
+    state = _State.of(layout, training)
+    working = _working_precision(training)
+    largest, parameters = max(tensors), sum(tensors)
+    activations = _activations(config, layout, training, sequence_length, stage)
+    return MemoryEstimate(
+        weights=round(parameters * state.weights),
+        gradients=round(parameters * state.gradients),
+        master_weights=round(parameters * state.master),
+        moments=round(parameters * state.moments),
+        activations=activations,
+        logits=_logits(config, layout, training, sequence_length) if stage.last else 0,
+        buffers=largest * working,
+        offloaded=round(parameters * state.offloaded),
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """Bytes per parameter of a rank, by engine."""
+
+    weights: float
+    gradients: float
+    master: float
+    moments: float
+    offloaded: float = 0.0
+
+    @classmethod
+    def of(cls, layout: Layout, training: TrainingConfig) -> "_State":
+        working = _working_precision(training)
+        if layout.engine == "lean":
+            return cls(weights=FP32, gradients=0.0, master=0.0, moments=2 * BF16)
+        if layout.engine == "deepspeed":
+            return _zero(layout, working)
+        sharded = layout.data if training.distributed_optimizer else 1
+        master = FP32 / sharded if working == BF16 else 0.0
+        return cls(weights=working, gradients=FP32, master=master, moments=2 * FP32 / sharded)
+
+
+def _zero(layout: Layout, working: int) -> _State:
+    """ZeRO (Rajbhandari et al. 2020): stage 1 shards the optimizer over data, 2 the gradients too, 3 the weights too.
+
+    DeepSpeed keeps float32 master weights of its own whatever the working precision.
+    """
+    optimizer, gradients, weights = (layout.data if layout.zero_stage >= stage else 1 for stage in (1, 2, 3))
+    state = 3 * FP32 / optimizer
+    if layout.offload == "none":
+        return _State(working / weights, working / gradients, state / 3, 2 * state / 3)
+    return _State(working / weights, working / gradients, 0.0, 0.0, offloaded=state)
+
+
+def _working_precision(training: TrainingConfig) -> int:
+    """Bytes of a weight or an activation."""
+    return BF16 if training.precision == "bf16" else FP32
+
+
+def _activations(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, stage: Stage
+) -> int:
+    """Bytes that wait for the backward pass, over the layers of all micro-batches in flight."""
+    assert isinstance(training.micro_batch, int)
+    tokens = training.micro_batch * sequence_length
+    stored = tokens * _layer_bytes_per_token(config, layout, training)
+    if training.recompute:
+        kept = tokens * config.hidden * _working_precision(training) // _sequence_shards(layout)
+        return round(kept * _layers_in_flight(layout, training, stage) + stored)
+    return round(stored * _layers_in_flight(layout, training, stage))
+
+
+def _layers_in_flight(layout: Layout, training: TrainingConfig, stage: Stage) -> float:
+    """Layers × micro-batches whose activations a rank of ``stage`` holds at once.
+
+    1F1B: as many micro-batches as there are stages from this one on. Interleaved: Narayanan et al. 2021, section 2.2.
+    """
+    count = micro_batches(layout, training)
+    behind = layout.pipeline - 1 - stage.index
+    if layout.virtual_pipeline == 1:
+        return stage.layers * min(count, behind + 1)
+    chunks = 2 * behind + (layout.virtual_pipeline - 1) * layout.pipeline + 1
+    return stage.layers * min(count, chunks / layout.virtual_pipeline)
+
+
+def micro_batches(layout: Layout, training: TrainingConfig) -> int:
+    """Micro-batches per step and data rank."""
+    assert isinstance(training.global_batch, int)
+    assert isinstance(training.micro_batch, int)
+    return training.global_batch // (training.micro_batch * layout.data)
+
+
+def _sequence_shards(layout: Layout) -> int:
+    """Ranks over which the parts outside attention and feed-forward are divided."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def _layer_bytes_per_token(config: ModelConfig, layout: Layout, training: TrainingConfig) -> float:
+    """Bytes of one layer that autograd keeps for one token."""
+    assert isinstance(config, GPTConfig), f"no activation formula for family {config.family}"
+    heads = config.heads * config.channels
+    groups = config.query_groups * config.channels
+    # The input and output of both norms.
+    shared = 4 * config.hidden / _sequence_shards(layout)
+    # Queries, keys and values; the attention's output, as the kernel left it and as the next product takes it.
+    split = (heads + 2 * groups) + 2 * heads
+    # Both sides of the activation function; of a gated unit the gate, its activation, the other half, the product.
+    split += (4 if config.gated else 2) * config.feed_forward
+    return (shared + split / layout.tensor) * _working_precision(training)
+
+
+def _logits(config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int) -> int:
+    """Bytes of the output layer's result in float32, which becomes its gradient in place."""
+    assert isinstance(training.micro_batch, int)
+    tokens = training.micro_batch * sequence_length
+    precision = FP32 if training.precision == "fp32" else FP32 + BF16
+    return tokens * config.padded_vocab_size // layout.tensor * precision
