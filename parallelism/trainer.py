@@ -173,7 +173,7 @@ class Trainer:
     def _report_step(self, result: StepResult, rate: float, seconds: float) -> None:
         self.ledger.burnt = self.instruments.burnt()
         progress = self.ledger.progress
-        self.watchdog.beat(progress.step, "training")
+        self.watchdog.stepped(progress.step)
         self._tell(
             "step",
             **asdict(progress),
