@@ -1,0 +1,93 @@
+"""MLflow's own web interface on the store of a home, on this machine only."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.tracking import UI_PORT, artifacts_beside, default_uri
+
+HOST = "127.0.0.1"
+START_SECONDS = 120.0
+
+
+def choose_port(wanted: int | None) -> int:
+    """The port asked for; without one, the usual port or, where that is taken, a free one.
+
+    Raises ``ValueError`` when the port asked for is taken.
+    """
+    if wanted is not None:
+        if not _is_free(wanted):
+            raise ValueError(f"port {wanted} is in use: name another one with --port, or leave --port out")
+        return wanted
+    if _is_free(UI_PORT):
+        return UI_PORT
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(home: Path, port: int) -> Iterator[str]:
+    """A server on the home's store inside the block; yields its address once it answers.
+
+    Raises ``TimeoutError`` with the end of its log.
+    """
+    uri = default_uri(home)
+    artifacts = artifacts_beside(uri)
+    assert artifacts is not None, "the home's store is a SQLite file"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log_path = artifacts.parent / "server.log"
+    with open(log_path, "wb") as log:
+        # In a session of its own, so that it can be ended whole: it starts workers.
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    try:
+        address = f"http://{HOST}:{port}"
+        _wait_until_healthy(server, address, log_path)
+        yield address
+    finally:
+        _end(server)
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log_path: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    last = log_path.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    raise TimeoutError(f"the MLflow server did not start: {last or 'it said nothing'} (more in {log_path})")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        if server.poll() is not None:
+            return
+        os.killpg(server.pid, signal_number)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
