@@ -1,0 +1,85 @@
+"""Numbers as people read them, and tables that say what the documents say."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from services.tables import candidates_table, counted, frontier_table, layout_text, sized
+
+
+def text_of(table: Table) -> str:
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return text.getvalue()
+
+
+def result() -> dict[str, Any]:
+    rows = [("big", 2_000_000, 5.0, True), ("worse", 1_500_000, 9.0, False), ("tiny", 100_000, 12.0, True)]
+    return {
+        "candidates": [
+            {
+                "name": "c",
+                "parameters": 5_200_000,
+                "layout": {"tensor": 2, "pipeline": 1, "data": 1, "engine": "megatron"},
+                "steps": 1200,
+                "tokens": 2_457_600,
+                "flops": 3e12,
+                "validation_loss": 3.25,
+                "restarts": 1,
+            }
+        ],
+        "variants": [
+            {
+                "name": name,
+                "candidate": "c",
+                "bytes": size,
+                "quality": {"metric": "perplexity", "value": value, "higher_is_better": False},
+                "on_frontier": on_frontier,
+                "bits_per_parameter": 8.0,
+                "sparsity": 0.5,
+            }
+            for name, size, value, on_frontier in rows
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, ""), (0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")]
+)
+def test_sized(number: float | None, text: str) -> None:
+    assert sized(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, ""), (950, "950"), (12_340, "12.3k"), (8.3e9, "8.3B"), (2e12, "2T")]
+)
+def test_counted(number: float | None, text: str) -> None:
+    assert counted(number) == text
+
+
+def test_layout_text_names_the_engine_only_where_it_is_unusual() -> None:
+    assert layout_text({"tensor": 2, "pipeline": 1, "data": 3}) == "T2×P1×D3"
+    assert layout_text({"tensor": 1, "data": 2, "engine": "deepspeed"}) == "T1×P1×D2 deepspeed"
+    assert layout_text(None) == ""
+
+
+def test_frontier_table_lists_by_size_and_leaves_out_the_beaten() -> None:
+    text = text_of(frontier_table(result()))
+    assert text.index("c/tiny") < text.index("c/big")
+    assert "c/worse" not in text
+    assert "perplexity" in text
+    assert text.count("★") == 2
+    assert "c/worse" in text_of(frontier_table(result(), everything=True))
+
+
+def test_frontier_table_of_a_job_without_variants_is_empty() -> None:
+    assert frontier_table({"variants": []}).row_count == 0
+
+
+def test_candidates_table_has_a_row_per_candidate() -> None:
+    text = text_of(candidates_table(result()))
+    for part in ("5.2M", "T2×P1×D1", "1,200", "2.46M", "3e+12", "3.2500"):
+        assert part in text

@@ -1,0 +1,45 @@
+"""MLflow's interface on a home's store: it answers, on this machine only, and leaves nothing behind."""
+
+import socket
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.ui import HOST, choose_port, mlflow_server
+
+
+@pytest.mark.timeout(240)
+def test_server_answers_on_the_loopback_and_ends_whole(tmp_path: Path) -> None:
+    port = _free_port()
+    with mlflow_server(tmp_path, port) as address:
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert b"MLflow" in page.read()
+        listening = [
+            c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.status == "LISTEN"
+        ]
+        assert {connection.laddr.ip for connection in listening} == {HOST}
+        started = psutil.Process().children(recursive=True)
+    psutil.wait_procs(started, timeout=20)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in started)
+    assert (tmp_path / "mlflow" / "mlflow.db").exists()
+
+
+def test_taken_port_is_refused_with_a_remedy() -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="name another one with --port"):
+            choose_port(taken.getsockname()[1])
+
+
+def test_a_free_port_is_taken_as_asked() -> None:
+    port = _free_port()
+    assert choose_port(port) == port
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
