@@ -4,6 +4,10 @@ megatron-core names "cuda" throughout. On a machine without GPUs :func:`connect`
 asked for on "cuda" are made on the CPU, ``Tensor.cuda()`` is the identity, and the CUDA random state is the CPU's.
 """
 
+import ctypes
+import logging
+import os
+import signal
 import time
 from datetime import timedelta
 from typing import Any
@@ -94,6 +98,8 @@ def adapt_megatron_to_cpu() -> None:
     torch.cuda.manual_seed = torch.manual_seed
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.random.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.random.set_rng_state(state)
+    # It warns at every dropout that the CPU's random state is not left alone: here it is the one that is forked.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
 
 
 def matmul_peak_flops(dtype: torch.dtype = torch.float32, size: int = 0, seconds: float = 0.5) -> float:
@@ -107,6 +113,14 @@ def matmul_peak_flops(dtype: torch.dtype = torch.float32, size: int = 0, seconds
         torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this forked process when the process ``parent`` ends, however it ends (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the request
+        os._exit(1)
 
 
 def peak_memory_bytes() -> int:

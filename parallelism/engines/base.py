@@ -1,11 +1,16 @@
 """The protocol of an engine."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from parallelism.layout import Layout
 from parallelism.models.base import Batch, ModelConfig
 from parallelism.training import TrainTask
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Engine(Protocol):
 
     layout: Layout
     config: ModelConfig
+    seed: int
     data_rank: int
     """This rank's index among ``layout.data``: which share of the global batch it computes."""
 
@@ -35,11 +41,12 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: list[Batch]) -> float:
         """Mean loss per token over all data ranks, in evaluation mode; leaves training state and RNG untouched."""
 
-    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Model, optimizer and random states as megatron-core sharded objects, in the one checkpoint form.
+    def sharded_state(self) -> list[ShardedTensor]:
+        """This rank's weights and optimizer in the one form of :mod:`parallelism.engines.state`.
 
-        ``loading`` asks for buffers to load into instead of a snapshot to write.
+        The pieces are views of the engine's memory (or copies of it, where the engine cannot give views): they are
+        written as they are, or filled in place, after which :meth:`restored` is called. Collective.
         """
 
-    def restore(self, state: dict[str, Any], *, step: int) -> None:
-        """Take over what ``dist_checkpointing.load`` filled; ``step`` is the optimizer step it was saved at."""
+    def restored(self, step: int) -> None:
+        """Take over the pieces of the last :meth:`sharded_state`, filled from a checkpoint of optimizer step ``step``."""

@@ -11,12 +11,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from parallelism.device import has_cuda
 from parallelism.layout import Layout, stage_layers
 from parallelism.models.base import Batch
 from parallelism.models.gpt.attention import CausalAttention
 from parallelism.models.gpt.config import GPTConfig
+from parallelism.models.gpt.norm import Norm
 from parallelism.training import TrainingConfig
 
 
@@ -48,6 +50,9 @@ def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConf
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=_uneven_stages(config, layout),
+        # With two stages, batched sends of activations and of gradients between the same two ranks would be mixed up.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity="full" if training.recompute else None,
         recompute_method="uniform" if training.recompute else None,
@@ -66,7 +71,7 @@ def build(
     """One pipeline chunk with uninitialised weights."""
     model = GPTModel(
         megatron,
-        _layer_spec(megatron),
+        _block_spec(megatron, chunk),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.context,
         pre_process=first,
@@ -94,19 +99,22 @@ def losses(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output
 
 
-def _layer_spec(megatron: TransformerConfig) -> ModuleSpec:
+def _block_spec(megatron: TransformerConfig, chunk: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     if has_cuda() and importlib.util.find_spec("transformer_engine"):
         return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization=megatron.normalization)
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return spec
+    layer = get_gpt_layer_local_spec(normalization=megatron.normalization)
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    count = get_num_layers_to_build(megatron, vp_stage=chunk)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
 
 
 def _uneven_stages(config: GPTConfig, layout: Layout) -> list[list[str]] | None:
     """Stages by name where the layers do not divide evenly; megatron-core splits even ones by itself."""
-    if config.layers % (layout.pipeline * layout.virtual_pipeline) == 0:
+    chunks = layout.pipeline * layout.virtual_pipeline
+    if config.layers % chunks == 0:
         return None
-    stages = [["decoder"] * count for count in stage_layers(config.layers, layout.pipeline)]
+    stages = [["decoder"] * count for count in stage_layers(config.layers, chunks)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
