@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -244,7 +243,7 @@ class _Writer:
     def __init__(self, pending: _Pending, timeout_seconds: float) -> None:
         self._deadline = time.monotonic() + timeout_seconds
         self._timeout_seconds = timeout_seconds
-        self._result: IO[bytes] = tempfile.TemporaryFile()
+        self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
         self._status: int | None = None
         parent = os.getpid()
         self._pid = os.fork()

@@ -1,7 +1,8 @@
 """The one place that knows whether CUDA exists: process groups, devices, and megatron-core on the CPU.
 
-megatron-core names "cuda" throughout. On a machine without GPUs :func:`connect` adapts it in the calling thread: tensors
-asked for on "cuda" are made on the CPU, ``Tensor.cuda()`` is the identity, and the CUDA random state is the CPU's.
+megatron-core names "cuda" throughout. On a machine without GPUs :func:`connect` adapts it in the calling thread:
+tensors asked for on "cuda" are made on the CPU, ``Tensor.cuda()`` is the identity, and the CUDA random state is the
+CPU's.
 """
 
 import ctypes
@@ -91,11 +92,15 @@ def adapt_megatron_to_cpu() -> None:
         return
     _CudaMeansCpu().__enter__()
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda *_: None
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.get_rng_state = lambda *_, **__: torch.random.get_rng_state()
-    torch.cuda.manual_seed = torch.manual_seed
+    replacements: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *_, **__: torch.random.get_rng_state(),
+        "manual_seed": torch.manual_seed,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.random.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.random.set_rng_state(state)
     # It warns at every dropout that the CPU's random state is not left alone: here it is the one that is forked.

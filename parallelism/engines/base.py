@@ -49,4 +49,4 @@ class Engine(Protocol):
         """
 
     def restored(self, step: int) -> None:
-        """Take over the pieces of the last :meth:`sharded_state`, filled from a checkpoint of optimizer step ``step``."""
+        """The pieces of the last :meth:`sharded_state` have been filled from a checkpoint of step ``step``."""

@@ -104,8 +104,8 @@ class MegatronEngine:
     def _check_interleaving(self, count: int) -> None:
         if self.layout.virtual_pipeline > 1 and count % self.layout.pipeline:
             raise ValueError(
-                f"virtual_pipeline {self.layout.virtual_pipeline} needs a number of micro-batches per step and data rank "
-                f"that pipeline {self.layout.pipeline} divides, not {count}: change global_batch or micro_batch"
+                f"virtual_pipeline {self.layout.virtual_pipeline} needs a number of micro-batches per step and data "
+                f"rank that pipeline {self.layout.pipeline} divides, not {count}: change global_batch or micro_batch"
             )
 
     def sharded_state(self) -> list[ShardedTensor]:
@@ -120,7 +120,7 @@ class MegatronEngine:
         return pieces
 
     def restored(self, step: int) -> None:
-        """Called when the pieces of :meth:`sharded_state` have been filled; see :class:`parallelism.engines.base.Engine`."""
+        """The pieces have been filled; see :class:`parallelism.engines.base.Engine`."""
         for group in self._adam.param_groups:
             if "step" in group:  # Transformer Engine's Adam counts per group, torch's per parameter
                 group["step"] = step
