@@ -15,17 +15,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from parallelism import device
-from parallelism.engines import single_stage, state
+from parallelism.engines import limits, single_stage, state
 from parallelism.engines.base import StepResult
 from parallelism.models.base import Batch, ModelConfig, ShardedFamily
 from parallelism.registry import FAMILIES, load
 from parallelism.training import TrainingConfig, TrainTask
-
-LARGEST_BETA = 0.99
-"""bfloat16 has eight significant bits: a moment whose β is nearer to 1 rounds back to itself and never decays."""
-
-CHUNK_ELEMENTS = 1 << 18
-"""Elements updated at once: a few float32 copies of so many fit into a core's cache."""
 
 PREVIOUS_NORM_KEY = f"{state.ENGINE_PREFIX}lean.previous_gradient_norm"
 
@@ -50,7 +44,7 @@ class LeanEngine:
     """
 
     def __init__(self, task: TrainTask) -> None:
-        check(task)
+        limits.check(task.layout, task.training)
         self.layout = task.layout
         self.config: ModelConfig = task.model
         self.seed = task.seed
@@ -95,7 +89,7 @@ class LeanEngine:
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
         if param_is_not_tensor_parallel_duplicate(parameter):
-            self._squares += square_sum(gradient)
+            self._squares += single_stage.square_sum(gradient)
         adamw_in_chunks(
             parameter,
             gradient,
@@ -147,37 +141,8 @@ class LeanEngine:
         self._step = step
 
 
-def check(task: TrainTask) -> None:
-    """Refuse what this engine cannot do; the message names the field, its value and a remedy."""
-    training, data = task.training, task.layout.data
-    if training.precision != "fp32":
-        raise ValueError(
-            f"training.precision {training.precision}: engine lean keeps float32 weights as their own master copy; "
-            "set training.precision: fp32"
-        )
-    if training.micro_batch * data != training.global_batch:
-        raise ValueError(
-            f"training.micro_batch {training.micro_batch}: engine lean has no gradient accumulation, so that "
-            f"micro_batch × data {data} must be global_batch {training.global_batch}; set training.global_batch: "
-            f"{training.micro_batch * data}, or choose another engine"
-        )
-    for name, beta in (("beta1", training.beta1), ("beta2", training.beta2)):
-        if beta > LARGEST_BETA:
-            raise ValueError(
-                f"training.{name} {beta}: engine lean keeps bfloat16 moments, which stop decaying above "
-                f"{LARGEST_BETA}; lower training.{name} or choose another engine"
-            )
-
-
 def _zero_moments(parameter: Parameter) -> _Moments:
     return _Moments(*(torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False) for _ in range(2)))
-
-
-@torch.no_grad()
-def square_sum(gradient: Tensor) -> Tensor:
-    """Σ g² of a tensor of any shape, in float64, without a float64 copy of the whole."""
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in _chunks(gradient)]
-    return torch.stack(parts).sum()
 
 
 @torch.no_grad()
@@ -192,7 +157,7 @@ def adamw_in_chunks(
     learning_rate: float,
     gradient_scale: float = 1.0,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) in place, in float32, :data:`CHUNK_ELEMENTS` at a time.
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) in place, in float32, a cache's worth of elements at a time.
 
     All four tensors have one shape; ``weight`` and ``gradient`` are float32, the moments bfloat16 or float32. The
     update uses the moments before they are rounded. ``step`` counts from 1. One-dimensional weights do not decay.
@@ -200,7 +165,7 @@ def adamw_in_chunks(
     beta1, beta2 = training.beta1, training.beta2
     decay = 1.0 - learning_rate * training.weight_decay if weight.ndim > 1 else 1.0
     step_size, second_bias = learning_rate / (1.0 - beta1**step), 1.0 - beta2**step
-    for part, slope, first, second in zip(*map(_chunks, (weight, gradient, average, square)), strict=True):
+    for part, slope, first, second in zip(*map(single_stage.chunks, (weight, gradient, average, square)), strict=True):
         slope = slope * gradient_scale
         exact_first = first.float().lerp_(slope, 1.0 - beta1)
         exact_second = second.float().mul_(beta2).addcmul_(slope, slope, value=1.0 - beta2)
@@ -208,7 +173,3 @@ def adamw_in_chunks(
         second.copy_(exact_second)
         denominator = exact_second.div_(second_bias).sqrt_().add_(training.epsilon)
         part.mul_(decay).addcdiv_(exact_first, denominator, value=-step_size)
-
-
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.detach().reshape(-1).split(CHUNK_ELEMENTS)

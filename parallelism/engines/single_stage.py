@@ -13,6 +13,9 @@ from parallelism.initialize import initialize
 from parallelism.models.base import Batch, ShardedFamily
 from parallelism.training import TrainTask
 
+CHUNK_ELEMENTS = 1 << 18
+"""Elements updated at once: a few float32 copies of so many fit into a core's cache."""
+
 
 def build_module(family: ShardedFamily, task: TrainTask) -> torch.nn.Module:
     """This rank's part of the model at ``task.layout``, with its start weights; starts megatron-core's groups first."""
@@ -46,3 +49,15 @@ def mean_over_data(losses: Sequence[Tensor]) -> float:
             total += torch.stack((part.detach().double().sum(), total.new_tensor(part.numel())))
     dist.all_reduce(total)
     return float(total[0] / total[1])
+
+
+@torch.no_grad()
+def square_sum(gradient: Tensor) -> Tensor:
+    """Σ g² of a tensor of any shape, in float64, without a float64 copy of the whole."""
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in chunks(gradient)]
+    return torch.stack(parts).sum()
+
+
+def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of :data:`CHUNK_ELEMENTS` elements each, and a rest, of a contiguous tensor."""
+    return tensor.detach().reshape(-1).split(CHUNK_ELEMENTS)
