@@ -27,7 +27,7 @@ class Control:
         self._poll_seconds = poll_seconds
         self._next_poll = 0.0
         self._reasons: set[StopReason] = set()
-        self.signals = 0
+        self._signals = 0
 
     def listen(self) -> None:
         """Take SIGTERM and SIGINT as requests to checkpoint and end. Call it in the main thread."""
@@ -42,11 +42,10 @@ class Control:
             self._look()
         return max(self._reasons.copy(), key=REASONS.index, default=None)
 
-    def check(self) -> None:
-        """Raise :class:`Stopped` when there is a reason to stop."""
-        reason = self.reason()
-        if reason:
-            raise Stopped(reason)
+    @property
+    def impatient(self) -> bool:
+        """Whether the signal came twice: end now, without a checkpoint."""
+        return self._signals > 1
 
     def _look(self) -> None:
         desired = self._journal.desired()
@@ -56,5 +55,5 @@ class Control:
             self._reasons.add("signal")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signals += 1
+        self._signals += 1
         self._reasons.add("signal")

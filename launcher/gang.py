@@ -84,6 +84,7 @@ class CandidateRun:
         self._stop_deadline: float | None = None
         self._step = 0
         self._stepped = False
+        self._stalled: dict[str, Any] | None = None
         self._steps: list[dict[str, Any]] = []
         self._flushed_at = 0.0
 
@@ -255,6 +256,8 @@ class CandidateRun:
             self._step, self._stepped = report.fields["step"], True
             self._steps.append(report.fields)
             return
+        if report.kind == "stalled":
+            self._stalled = report.fields
         self._flush_steps(force=True)
         clock = self.clock()
         gang_clock = {name: clock[name] for name in ("gang_device_seconds", "gang_wall_seconds")}
@@ -295,6 +298,8 @@ class CandidateRun:
         assert end.cause is not None
         assert self._root is not None
         self._drain()
+        end = self._explained(end)
+        assert end.cause is not None
         self._end_group(end.cause.value, rank=end.rank, message=end.message)
         newest = CheckpointStore(self._root).newest()
         new_checkpoint = newest is not None and newest.step > self._resumed_step
@@ -309,6 +314,14 @@ class CandidateRun:
             self._consecutive = decision.consecutive
             self._start_after = time.monotonic() + decision.after_seconds
             self.phase = Phase.IDLE
+
+    def _explained(self, end: Ended) -> Ended:
+        """A rank whose watchdog ended it said so before."""
+        said = self._stalled
+        if said is None or end.cause not in (Cause.RANK_DIED, Cause.ERROR):
+            return end
+        message = f"no progress for {said['seconds']:.0f} s after step {said['step']} while {said['doing']}"
+        return Ended(said["rank"], Cause.STALLED, message)
 
     def _drain(self) -> None:
         for report in self._active_group.drain(wait_seconds=2.0):
@@ -327,7 +340,7 @@ class CandidateRun:
             self._append("gang_ended", gang=self._gangs, outcome=outcome, **clocks, **fields)
             for rank in facts:
                 self._append("process_ended", role="rank", rank=rank.rank, pid=rank.pid, node=rank.node)
-        self._group, self._first_end_at, self._stepped = None, None, False
+        self._group, self._first_end_at, self._stepped, self._stalled = None, None, False, None
 
     def _append(self, kind: str, **fields: Any) -> None:
         self._journal.append(kind, {"candidate": self.name, **fields})

@@ -122,10 +122,6 @@ class Journal:
         identity = {"role": role, "pid": os.getpid(), "node": socket.gethostname(), "code": code_version()}
         return self._log.claim_epoch(identity | {"process_created": psutil.Process().create_time()})
 
-    def release_epoch(self, outcome: str) -> None:
-        """Say that this attempt has ended by itself and nobody writes any more."""
-        self.append("attempt_ended", {"outcome": outcome})
-
     def append(self, kind: str, fields: Mapping[str, Any]) -> Event:
         """Write one event; needs a claimed epoch. Raises :class:`StaleEpochError` once a newer attempt has begun."""
         assert self.epoch, "claim an epoch before writing events"

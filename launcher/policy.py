@@ -117,8 +117,12 @@ def after_gang_end(end: Ended, consecutive: int, new_checkpoint: bool, max_resta
 
 
 def stalled(seconds_without_progress: float, stall_seconds: float, first_step_done: bool) -> bool:
-    """Whether a group counts as dead. Until the first step it may load and build for three times as long."""
-    return seconds_without_progress > stall_seconds * (1 if first_step_done else 3)
+    """Whether a group counts as dead. Until the first step it may load and build for three times as long.
+
+    The ranks' own watchdogs come first, because they know more (an evaluation is progress, too) and say where a rank
+    hangs; this is for ranks that can no longer speak, so it waits for half as long again.
+    """
+    return seconds_without_progress > 1.5 * stall_seconds * (1 if first_step_done else 3)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """Connecting a coordinator to Ray: an existing cluster, or one of its own that lives and dies with it. Torch-free."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
+
+from launcher.environment import default_devices
 
 OWN = "own"
 """The address that stands for a cluster of the coordinator's own."""
@@ -16,6 +20,9 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 LONGEST_TEMP_DIR = 30
 """AF_UNIX paths end at 107 bytes, and Ray appends up to 75 of its own."""
+
+
+SERVERS = ("gcs_server", "raylet", "log_monitor.py", "monitor.py", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent")
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,13 @@ class Room:
 
 
 @contextmanager
-def ray_session(address: str, devices: int, threads: int, temp_dir: Path | None) -> Iterator[Room]:
-    """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs."""
+def ray_session(address: str, devices: int | None, threads: int, temp_dir: Path | None) -> Iterator[Room]:
+    """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs.
+
+    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores.
+    """
     if address == OWN:
-        _start_own(devices * threads, temp_dir)
+        _start_own((devices or default_devices(threads)) * threads, temp_dir)
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
@@ -54,6 +64,18 @@ def physical_cores() -> int:
     """Processors this process may use; on a cluster, those of the coordinator's node times the nodes."""
     alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else [None]
     return len(os.sched_getaffinity(0)) * len(alive)
+
+
+def own_servers() -> list[tuple[str, int]]:
+    """Name and pid of the processes that make up a cluster of this process's own, its workers left out."""
+    servers = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(child.cmdline())
+            name = next((name for name in SERVERS if name in command), None)
+            if name:
+                servers.append((name, child.pid))
+    return servers
 
 
 def _start_own(cpus: int, temp_dir: Path | None) -> None:

@@ -54,10 +54,20 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
             JobState.FAILED,
         }
     ),
+    # The last stage may be done just when somebody asks for a stop.
     JobState.PAUSING: frozenset(
-        {JobState.STARTING, JobState.PAUSED, JobState.CANCELLING, JobState.INTERRUPTED, JobState.FAILED}
+        {
+            JobState.STARTING,
+            JobState.PAUSED,
+            JobState.CANCELLING,
+            JobState.INTERRUPTED,
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+        }
     ),
-    JobState.CANCELLING: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.INTERRUPTED, JobState.FAILED}),
+    JobState.CANCELLING: frozenset(
+        {JobState.STARTING, JobState.CANCELLED, JobState.INTERRUPTED, JobState.SUCCEEDED, JobState.FAILED}
+    ),
     JobState.PAUSED: frozenset({JobState.STARTING, JobState.CANCELLED}),
     JobState.INTERRUPTED: frozenset({JobState.STARTING, JobState.CANCELLED}),
     JobState.FAILED: frozenset({JobState.STARTING, JobState.CANCELLED}),

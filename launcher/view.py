@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.events import ATTEMPT_STARTED, Event
-from launcher.states import JobState
+from launcher.states import RESTING, JobState
+
+MILESTONES = frozenset({"stage_done", "train.checkpoint", "candidate_done", "variant"})
 
 
 @dataclass
@@ -84,6 +86,8 @@ class JobView:
     candidates: dict[str, CandidateView] = field(default_factory=dict)
     variants: dict[tuple[str, str], Event] = field(default_factory=dict)
     processes: dict[tuple[str, int], Event] = field(default_factory=dict)
+    milestones: int = 0
+    """Grows with everything that a later attempt need not do again."""
     last_event: int = 0
     last_time: float = 0.0
 
@@ -94,6 +98,7 @@ class JobView:
     def apply(self, event: Event) -> None:
         """Take in the next event. Kinds that this version does not know are passed over."""
         self.last_event, self.last_time = event["number"], event["time"]
+        self.milestones += event["kind"] in MILESTONES
         handler = _HANDLERS.get(event["kind"])
         if handler:
             handler(self, event)
@@ -107,12 +112,10 @@ def _attempt_started(view: JobView, event: Event) -> None:
         candidate.failure = None
 
 
-def _attempt_ended(view: JobView, event: Event) -> None:
-    view.released, view.active_stage = True, None
-
-
 def _state(view: JobView, event: Event) -> None:
     view.state = JobState(event["state"])
+    if view.state in RESTING:
+        view.released, view.active_stage = True, None
     view.error = event.get("error") or (None if view.state is JobState.SUCCEEDED else view.error)
 
 
@@ -223,7 +226,6 @@ def _variant(view: JobView, event: Event) -> None:
 
 _HANDLERS = {
     ATTEMPT_STARTED: _attempt_started,
-    "attempt_ended": _attempt_ended,
     "state": _state,
     "waiting": _waiting,
     "stage_started": _stage_started,

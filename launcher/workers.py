@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -82,19 +82,11 @@ class RankProcess:
         self._reports: list[Report] = []
         self._lock = threading.Lock()
         self._store: Any = None
-        _send_output_to(Path(log))
+        send_output_to(Path(log))
 
     def facts(self) -> RankFacts:
         """Where this rank lives."""
-        context = ray.get_runtime_context()
-        return RankFacts(
-            rank=self._rank,
-            pid=os.getpid(),
-            node=socket.gethostname(),
-            node_id=context.get_node_id(),
-            address=ray.util.get_node_ip_address(),
-            gpus=tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])),
-        )
+        return process_facts(self._rank)
 
     def host(self, timeout_seconds: float) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous on a free port and say where it is."""
@@ -144,7 +136,20 @@ class RankProcess:
             self._reports.append(Report(self._rank, time.time(), kind, fields))
 
 
-def _send_output_to(log: Path) -> None:
+def process_facts(rank: int) -> RankFacts:
+    """Where this process, an actor, lives."""
+    context = ray.get_runtime_context()
+    return RankFacts(
+        rank=rank,
+        pid=os.getpid(),
+        node=socket.gethostname(),
+        node_id=context.get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        gpus=tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])),
+    )
+
+
+def send_output_to(log: Path) -> None:
     """Everything this process prints, tracebacks of crashes included, goes into the journal's log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -297,27 +302,32 @@ class WorkerGroup:
         try:
             return ray.get(ref, timeout=10)
         except RayError as error:
-            raise RankEnded(self._end_of(rank, error)) from error
+            raise RankEnded(self._end(rank, error)) from error
+
+    def _end(self, rank: int, error: RayError) -> Ended:
+        facts = next((facts for facts in self._facts if facts.rank == rank), None)
+        return end_of(rank, error, facts, self._log(rank))
 
     def _settle(self, rank: int, ref: Any) -> None:
         try:
             self._results[rank] = ray.get(ref, timeout=60)
             self._ends[rank] = Ended(rank, None)
         except RayError as error:
-            self._ends[rank] = self._end_of(rank, error)
+            self._ends[rank] = self._end(rank, error)
 
-    def _end_of(self, rank: int, error: RayError) -> Ended:
-        if isinstance(error, RayTaskError):
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            return Ended(rank, classify(tuple(kind.__name__ for kind in type(cause).__mro__)), _one_line(cause))
-        where = next((facts for facts in self._facts if facts.rank == rank), None)
-        if isinstance(error, ActorDiedError) and error.preempted:
-            return Ended(rank, Cause.PREEMPTED, "its node was taken away")
-        if not isinstance(error, RayActorError | ActorUnavailableError):
-            return Ended(rank, classify(tuple(kind.__name__ for kind in type(error).__mro__)), _one_line(error))
-        cause_of_death = cause_of_exit(None, node_alive=where is None or where.node_id in live_nodes())
-        process = f"process {where.pid} on {where.node}" if where else "its process"
-        return Ended(rank, cause_of_death, f"{process} is gone; its last words are in {self._log(rank)}")
+
+def end_of(rank: int, error: RayError, facts: RankFacts | None, log: Path) -> Ended:
+    """How the process behind a failed call ended; ``facts`` says where it lived, if it came that far."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        return Ended(rank, classify(_class_names(cause)), _one_line(cause))
+    if isinstance(error, ActorDiedError) and error.preempted:
+        return Ended(rank, Cause.PREEMPTED, "its node was taken away")
+    if not isinstance(error, RayActorError):
+        return Ended(rank, classify(_class_names(error)), _one_line(error))
+    cause_of_death = cause_of_exit(None, node_alive=facts is None or facts.node_id in live_nodes())
+    process = f"process {facts.pid} on {facts.node}" if facts else "its process"
+    return Ended(rank, cause_of_death, f"{process} is gone; its last words are in {log}")
 
 
 class RankEnded(RuntimeError):
@@ -358,3 +368,7 @@ def _all_ready(refs: list[Any]) -> bool:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:2000]}"
+
+
+def _class_names(error: BaseException) -> tuple[str, ...]:
+    return tuple(kind.__name__ for kind in type(error).__mro__)

@@ -237,7 +237,9 @@ def test_the_holder_is_known_while_it_lives(tmp_path: Path) -> None:
     holder = Journal(journal.directory).holder()
     assert holder is not None
     assert holder["pid"] == os.getpid()
-    journal.release_epoch("succeeded")
+    journal.set_state(JobState.STARTING)
+    assert Journal(journal.directory).holder() is not None
+    journal.set_state(JobState.INTERRUPTED)
     assert Journal(journal.directory).holder() is None
 
 

@@ -95,10 +95,10 @@ def test_restarts_wait_longer_each_time() -> None:
 
 
 def test_a_group_may_take_longer_before_its_first_step() -> None:
-    assert not stalled(25.0, 10.0, first_step_done=False)
-    assert stalled(31.0, 10.0, first_step_done=False)
-    assert not stalled(9.9, 10.0, first_step_done=True)
-    assert stalled(10.1, 10.0, first_step_done=True)
+    assert not stalled(44.0, 10.0, first_step_done=False)
+    assert stalled(46.0, 10.0, first_step_done=False)
+    assert not stalled(14.0, 10.0, first_step_done=True)
+    assert stalled(16.0, 10.0, first_step_done=True)
 
 
 def test_coordinators_are_restarted_unless_they_ended_by_themselves_or_get_nowhere() -> None:

@@ -1,0 +1,62 @@
+"""What every back-end offers, and the table of back-ends. Torch-free.
+
+A back-end takes a job whose journal exists and has a coordinator run for it somewhere. It retries nothing: whoever
+submitted the job looks at the status and decides. A new back-end is one file and one line in :data:`BACKENDS`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from launcher.journal import Journal
+from parallelism.registry import Entry, load
+
+
+class Phase(StrEnum):
+    """Where a submission stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """``reason``: in the back-end's own words, why it waits or how it ended. ``exit_code``: where one is known."""
+
+    phase: Phase
+    reason: str = ""
+    exit_code: int | None = None
+
+
+Handle = dict[str, Any]
+"""What identifies a submission; JSON-able, so that another process can ask for it later."""
+
+
+class Backend(Protocol):
+    """Where a job's Ray cluster comes from."""
+
+    def submit(self, journal: Journal) -> Handle:
+        """Start one coordinator for the job. Raises ``ValueError`` where the back-end refuses."""
+
+    def status(self, handle: Handle) -> BackendStatus:
+        """Where the submission stands."""
+
+    def stop(self, handle: Handle, grace_seconds: float) -> None:
+        """Ask the coordinator to checkpoint and end; after the grace period nothing of it is left."""
+
+    def logs(self, handle: Handle, journal: Journal, lines: int = 50) -> str:
+        """The end of the coordinator's output."""
+
+
+BACKENDS: dict[str, Entry] = {
+    "local": Entry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend"),
+}
+
+
+def make_backend(name: str) -> Backend:
+    """The back-end of that name. Raises ``ValueError`` with the names there are."""
+    if name not in BACKENDS:
+        raise ValueError(f"execution.backend {name!r} is unknown: available are {', '.join(sorted(BACKENDS))}")
+    backend: Backend = load(BACKENDS[name].implementation)()
+    return backend

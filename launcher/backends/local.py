@@ -1,0 +1,133 @@
+"""The back-end of this machine: a coordinator process with a Ray cluster of its own, which both end together.
+
+The coordinator leads a session of its own, in which Ray's servers live too; Ray's workers follow the servers. So ending
+that process group ends everything, also after the coordinator has been killed.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from launcher.backends.base import BackendStatus, Handle, Phase
+from launcher.environment import default_devices, own_cluster, python_path
+from launcher.journal import Journal
+
+OWN = "own"
+LONGEST_TEMP_DIR = 20
+"""Ray's sockets lie below it, and AF_UNIX paths are short."""
+
+
+class LocalBackend:
+    """Runs jobs on this machine. ``module`` is what the coordinator's process runs."""
+
+    def __init__(self, module: str = "launcher.coordinator", outlive: bool = False) -> None:
+        """``outlive``: the job goes on when this process ends; otherwise it checkpoints and ends, too."""
+        self._module = module
+        self._outlive = outlive
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def submit(self, journal: Journal) -> Handle:
+        """Start one coordinator for the job."""
+        execution = journal.spec().execution
+        ray_dir = Path(tempfile.mkdtemp(prefix="esp-", dir=_short_temp_dir()))
+        devices = execution.devices or default_devices(execution.threads_per_rank)
+        command = [sys.executable, "-m", self._module, str(journal.directory)]
+        command += ["--address", OWN, "--devices", str(devices), "--ray-dir", str(ray_dir)]
+        if not self._outlive:
+            command += ["--keeper", str(os.getpid())]
+        with open(journal.log_path("coordinator"), "ab") as log:
+            child = subprocess.Popen(
+                command,
+                cwd=_working_directory(journal),
+                env={**os.environ, **own_cluster(), "PYTHONPATH": python_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._children[child.pid] = child
+        return {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "ray_dir": str(ray_dir)}
+
+    def status(self, handle: Handle) -> BackendStatus:
+        """Where the coordinator stands. Once it has ended, what it may have left behind is ended, too."""
+        child = self._children.get(handle["pid"])
+        exit_code = child.poll() if child else None
+        if exit_code is None and _alive(handle):
+            return BackendStatus(Phase.RUNNING)
+        self._clean_up(handle)
+        return BackendStatus(Phase.ENDED, _how(exit_code), exit_code)
+
+    def stop(self, handle: Handle, grace_seconds: float) -> None:
+        """Ask the coordinator to checkpoint and end; after the grace period nothing of it is left."""
+        deadline = time.monotonic() + grace_seconds
+        if grace_seconds > 0 and _alive(handle):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(handle["pid"], signal.SIGTERM)
+        while time.monotonic() < deadline and self.status(handle).phase is not Phase.ENDED:
+            time.sleep(0.1)
+        if _alive(handle):
+            _kill_group(handle["pid"])
+            child = self._children.get(handle["pid"])
+            if child:
+                child.wait()
+        self._clean_up(handle)
+
+    def logs(self, handle: Handle, journal: Journal, lines: int = 50) -> str:
+        """The end of the coordinator's output."""
+        return tail(journal.log_path("coordinator"), lines)
+
+    def _clean_up(self, handle: Handle) -> None:
+        _kill_group(handle["pid"])
+        shutil.rmtree(handle["ray_dir"], ignore_errors=True)
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a log file; nothing where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 400 * lines))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _short_temp_dir() -> str:
+    found = tempfile.gettempdir()
+    return found if len(os.fsencode(found)) <= LONGEST_TEMP_DIR else "/tmp"
+
+
+def _working_directory(journal: Journal) -> str:
+    """Relative paths of a spec start where it was submitted, as long as that folder exists."""
+    folder = journal.facts()["working_directory"]
+    return folder if os.path.isdir(folder) else str(journal.directory)
+
+
+def _alive(handle: Handle) -> bool:
+    try:
+        process = psutil.Process(handle["pid"])
+        same = abs(process.create_time() - handle["created"]) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill_group(leader: int) -> None:
+    """End every process of the coordinator's group; its number stays taken as long as one of them lives."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "it is gone"
+    return f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"

@@ -1,0 +1,127 @@
+"""The driver of one job: ``python -m launcher.coordinator JOURNAL_DIR --address RAY``.
+
+It claims an epoch, connects to Ray and works through the stages, skipping those that are done. It answers to the
+journal alone: what it is asked for stands in ``desired.json``, what it does in the events. Killed at any moment, it is
+simply started again.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.context import STOPPED, JobContext
+from launcher.control import Control, Stopped
+from launcher.journal import Journal, StaleEpochError
+from launcher.session import OWN, Room, own_servers, ray_session
+from launcher.states import RESTING, JobState
+from launcher.system import Nodes
+from launcher.workers import TRAIN
+
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE = 0, 1, 3, 4
+
+Stage = Callable[[JobContext], None]
+"""Does its part of a job, or finds it done. Raises ``ValueError`` for what the job's owner has to change."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a coordinator is started."""
+
+    journal: Path
+    address: str
+    devices: int | None = None
+    ray_dir: Path | None = None
+    keeper: int | None = None
+
+
+def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = TRAIN) -> int:
+    """One attempt at the job. Returns the process's exit code; raises for faults of this software alone."""
+    journal = Journal(options.journal)
+    spec, control = journal.spec(), Control(journal, options.keeper)
+    control.listen()
+    journal.claim_epoch()
+    try:
+        journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
+        journal.set_state(JobState.STARTING)
+        with ray_session(options.address, options.devices, spec.execution.threads_per_rank, options.ray_dir) as room:
+            control.listen()  # Ray has put its own handlers in place
+            _write_servers(journal, options.address)
+            job = JobContext(journal, spec, room, control, Nodes(str(journal.directory)).collect, rank_function)
+            state, error = _work(job, stages)
+            _end(journal, state, error)
+    except StaleEpochError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return EXIT_STALE
+    finally:
+        if options.ray_dir is not None:
+            shutil.rmtree(options.ray_dir, ignore_errors=True)
+    return {JobState.SUCCEEDED: EXIT_DONE, JobState.FAILED: EXIT_FAILED}.get(state, EXIT_STOPPED)
+
+
+def _write_servers(journal: Journal, address: str) -> None:
+    """A cluster of this process's own belongs to the job as its workers do."""
+    if address == OWN:
+        for name, pid in own_servers():
+            journal.append("process_started", {"role": "ray", "name": name, "pid": pid, "node": socket.gethostname()})
+
+
+def _work(job: JobContext, stages: Sequence[Stage]) -> tuple[JobState, str | None]:
+    """Work through the stages; the state in which the job comes to rest, and its error."""
+    try:
+        job.check()
+        job.journal.set_state(JobState.RUNNING, room=_describe(job.room))
+        for stage in stages:
+            stage(job)
+    except Stopped as stopped:
+        return STOPPED[stopped.reason], None
+    except ValueError as error:
+        return JobState.FAILED, str(error)
+    if job.failures:
+        return JobState.FAILED, _failures(job)
+    return JobState.SUCCEEDED, None
+
+
+def _end(journal: Journal, state: JobState, error: str | None) -> None:
+    """The last words of the attempt; the state comes last, because with it the job is free."""
+    assert state in RESTING
+    journal.append("job_finished", {"state": state.value, "error": error})
+    journal.append("process_ended", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
+    journal.set_state(state, **({"error": error} if error else {}))
+
+
+def _failures(job: JobContext) -> str:
+    """One line for people: which candidates failed, and why."""
+    causes = "; ".join(f"{name}: {error}" for name, error in job.failures.items())
+    return f"{len(job.failures)} of {len(job.spec.candidates)} candidates failed: {causes}"
+
+
+def _describe(room: Room) -> dict[str, object]:
+    return {"devices": room.devices, "threads": room.threads, "gpus": room.gpus, "cores": room.cores}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.coordinator", description="Drive one job.")
+    parser.add_argument("journal", type=Path, metavar="JOURNAL_DIR", help="the job's directory")
+    parser.add_argument("--address", required=True, help="a Ray cluster, or 'own' for one that ends with this process")
+    parser.add_argument("--devices", type=int, help="ranks the job may hold at once; default: what the cluster has")
+    parser.add_argument("--ray-dir", type=Path, help="own cluster: its short temporary directory, removed at the end")
+    parser.add_argument("--keeper", type=int, metavar="PID", help="checkpoint and end when this parent process is gone")
+    given = parser.parse_args(arguments)
+    return Options(given.journal, given.address, given.devices, given.ray_dir, given.keeper)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the coordinator's process."""
+    from launcher.stages.line import STAGES
+
+    return coordinate(parse(arguments), STAGES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

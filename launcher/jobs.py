@@ -1,0 +1,221 @@
+"""Jobs under one home directory: make, find, list, run, stop, tidy up. Torch-free."""
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.backends.base import Backend, Handle, Phase, make_backend
+from launcher.journal import Journal
+from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
+from launcher.processes import end_processes
+from launcher.spec import JobSpec
+from launcher.states import FINAL, JobState, can_continue
+from launcher.tracking import FeederProcess
+
+POLL_SECONDS = 0.3
+NO_TRACKING = "none"
+
+
+class JobError(ValueError):
+    """A job that is not there, or cannot do what it is asked."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """The directory under which all jobs and the MLflow store live; two homes never touch each other."""
+
+    path: Path
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One folder per job."""
+        return self.path.expanduser().absolute() / "jobs"
+
+    def journal(self, job_id: str) -> Journal:
+        """The journal of a job, whether it exists or not."""
+        return Journal(self.jobs_dir / job_id)
+
+
+def create_job(spec: JobSpec, home: Home, job_id: str | None = None) -> Journal:
+    """Write a new job down under a new id such as ``quickstart-3fa9c1``."""
+    name = job_id or f"{spec.name}-{secrets.token_hex(3)}"
+    return home.journal(name).create(spec, name)
+
+
+def list_jobs(home: Home) -> list[Journal]:
+    """All jobs, oldest first."""
+    if not home.jobs_dir.is_dir():
+        return []
+    found = [Journal(path) for path in home.jobs_dir.iterdir() if path.is_dir()]
+    return sorted((job for job in found if job.exists), key=lambda job: float(job.facts()["created"]))
+
+
+def find_job(home: Home, name: str) -> Journal:
+    """The job whose id is or begins with ``name``, or the newest for ``last``. Raises :class:`JobError`."""
+    jobs = list_jobs(home)
+    if name == "last" and jobs:
+        return jobs[-1]
+    exact = [job for job in jobs if job.job_id == name]
+    matches = exact or [job for job in jobs if job.job_id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    known = ", ".join(job.job_id for job in (matches or jobs)[-5:]) or "none"
+    problem = "is not unique" if matches else "is unknown"
+    raise JobError(f"job {name!r} {problem} under {home.path}: name one of {known}")
+
+
+def run_job(
+    home: Home,
+    job_id: str,
+    backend: Backend | None = None,
+    *,
+    tracking: str | None = NO_TRACKING,
+    poll: Callable[[], None] | None = None,
+) -> JobState:
+    """Have the job worked on until it rests, and return the state it rests in; a coordinator that dies is replaced.
+
+    ``tracking`` is an MLflow server or store, None for the home's own, or :data:`NO_TRACKING`. ``poll`` is called a few
+    times a second. Raises :class:`JobError` for a job that somebody works on already, or that is final.
+    """
+    journal = find_job(home, job_id)
+    _refuse_unless_free(journal)
+    journal.set_desired("run")
+    feeder = None if tracking == NO_TRACKING else FeederProcess(journal, home.path, tracking)
+    try:
+        return Supervisor(journal, backend or make_backend(journal.spec().execution.backend)).run(poll)
+    finally:
+        if feeder:
+            feeder.close()
+
+
+def _refuse_unless_free(journal: Journal) -> None:
+    holder, state = journal.holder(), journal.state()
+    if holder:
+        raise JobError(
+            f"job {journal.job_id} is being worked on by process {holder['pid']} on {holder['node']}: "
+            "wait for it, or ask it to pause"
+        )
+    if not can_continue(state) and state is not JobState.SUBMITTED:
+        raise JobError(f"job {journal.job_id} has {state}: there is nothing to continue; submit it anew")
+
+
+class Supervisor:
+    """Keeps one job going on a back-end."""
+
+    def __init__(self, journal: Journal, backend: Backend) -> None:
+        self._journal = journal
+        self._backend = backend
+        self._fruitless = 0
+
+    def run(self, poll: Callable[[], None] | None = None) -> JobState:
+        """Until the job rests."""
+        while True:
+            before = self._journal.view()
+            epoch, milestones = before.epoch, before.milestones
+            handle = self._backend.submit(self._journal)
+            reason, exit_code = self._wait(handle, poll)
+            view = self._journal.view()
+            end_processes(view)
+            end = CoordinatorEnd(exit_code, view.epoch > epoch and view.released, view.milestones > milestones)
+            if end.released:
+                return view.state
+            if self._journal.desired() != "run":
+                return self._settle(reason)
+            decision = after_coordinator_end(end, self._fruitless)
+            assert decision is not None
+            if isinstance(decision, GiveUp):
+                last_words = self._backend.logs(handle, self._journal, lines=5)
+                return self._rest(JobState.FAILED, f"{decision.reason}\n{last_words}".strip())
+            self._fruitless = decision.consecutive
+            time.sleep(decision.after_seconds)
+
+    def _wait(self, handle: Handle, poll: Callable[[], None] | None) -> tuple[str, int | None]:
+        while (status := self._backend.status(handle)).phase is not Phase.ENDED:
+            if poll:
+                poll()
+            time.sleep(POLL_SECONDS)
+        return status.reason, status.exit_code
+
+    def _settle(self, reason: str) -> JobState:
+        """The coordinator was ended by force after somebody had asked it to stop."""
+        if self._journal.desired() == "cancel":
+            return self._rest(JobState.CANCELLED, None)
+        return self._rest(JobState.INTERRUPTED, f"stopped before the last checkpoint: {reason}")
+
+    def _rest(self, state: JobState, error: str | None) -> JobState:
+        """Fence out whatever may be left of the last attempt, and say how the job rests."""
+        self._journal.claim_epoch("supervisor")
+        self._journal.set_state(JobState.STARTING)
+        if state is JobState.CANCELLED:
+            self._journal.set_state(JobState.CANCELLING)
+        self._journal.append("job_finished", {"state": state.value, "error": error})
+        self._journal.set_state(state, **({"error": error} if error else {}))
+        return state
+
+
+def stop_job(home: Home, job_id: str, *, cancel: bool = False) -> None:
+    """End the job's processes on this machine at once, without a checkpoint; the last checkpoints stay."""
+    journal = find_job(home, job_id)
+    journal.set_desired("cancel" if cancel else "pause")
+    end_processes(journal.view(), include_coordinator=True)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What :func:`collect_garbage` removed, or would remove."""
+
+    job_id: str
+    what: str
+    path: Path
+    bytes: int
+
+
+def collect_garbage(home: Home, *, older_than_days: float = 30.0, dry_run: bool = False) -> list[Garbage]:
+    """Free the space of jobs that nobody works on.
+
+    From final jobs: compressed layers (the variants' files hold the same) and checkpoint roots that were superseded;
+    whole jobs that were cancelled or have failed longer than ``older_than_days`` ago.
+    """
+    found: list[Garbage] = []
+    for journal in list_jobs(home):
+        if journal.holder() is None:
+            found += _garbage_of(journal, older_than_days)
+    if not dry_run:
+        for item in found:
+            shutil.rmtree(item.path, ignore_errors=True)
+    return found
+
+
+def _garbage_of(journal: Journal, older_than_days: float) -> list[Garbage]:
+    view, job = journal.view(), journal.job_id
+    age_days = (time.time() - view.last_time) / 86400.0
+    if view.state in (JobState.CANCELLED, JobState.FAILED) and age_days > older_than_days:
+        return [Garbage(job, "job", journal.directory, _size(journal.directory))]
+    folders: list[tuple[str, Path]] = []
+    for candidate in journal.spec().candidates:
+        gang = view.candidate(candidate.name).gang
+        roots = journal.checkpoints_dir(candidate.name)
+        if gang and roots.is_dir():
+            folders += [
+                ("superseded checkpoints", root) for root in roots.iterdir() if root.name != Path(gang.root).name
+            ]
+        if view.state in FINAL and journal.layers_dir(candidate.name).is_dir():
+            folders.append(("compressed layers", journal.layers_dir(candidate.name)))
+    return [Garbage(job, what, path, _size(path)) for what, path in folders]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_disk_bytes(home: Home) -> int:
+    """Free space where the jobs lie."""
+    folder = home.jobs_dir
+    while not folder.exists():
+        folder = folder.parent
+    return int(psutil.disk_usage(str(folder)).free)

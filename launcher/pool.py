@@ -1,0 +1,161 @@
+"""Short tasks on worker processes, for the stages that do not train: taken up again when a worker dies.
+
+A task is a function by its dotted path, with arguments that travel as they are. torch is imported only inside workers.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from launcher.context import POLL_SECONDS, JobContext
+from launcher.policy import HOPELESS, UNCOUNTED, Ended
+from launcher.workers import RankFacts, end_of, process_facts, send_output_to, wait_until_gone
+from parallelism.registry import load
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call: ``function(**arguments)``. ``candidate`` is the one it works for, if any."""
+
+    name: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    candidate: str | None = None
+
+
+class TaskFailed(ValueError):
+    """A task that would fail the same way again, or has lost too many workers."""
+
+    def __init__(self, task: Task, end: Ended) -> None:
+        super().__init__(f"{task.name}: {end.message}")
+        self.task = task
+        self.end = end
+
+
+class TaskProcess:
+    """One worker, in a process of its own."""
+
+    def __init__(self, number: int, log: str) -> None:
+        self._number = number
+        send_output_to(Path(log))
+
+    def facts(self) -> RankFacts:
+        """Where this worker lives."""
+        return process_facts(self._number)
+
+    def run(self, function: str, arguments: dict[str, Any]) -> Any:
+        """``function(**arguments)``."""
+        return load(function)(**arguments)
+
+
+@dataclass
+class _Worker:
+    number: int
+    actor: Any
+    log: Path
+    pending_facts: Any
+    facts: RankFacts | None = None
+    task: Task | None = None
+    call: Any = None
+
+
+class Pool:
+    """Workers of one stage, one per device; a context manager, at whose end all of them are gone."""
+
+    def __init__(self, job: JobContext, role: str, workers: int) -> None:
+        self._job = job
+        self._role = role
+        self._size = workers
+        self._made = 0
+        self._workers: list[_Worker] = []
+        self._losses: dict[str, int] = {}
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pids = {worker.facts.pid for worker in self._workers if worker.facts}
+        for worker in list(self._workers):
+            self._dismiss(worker)
+        wait_until_gone(pids, seconds=10.0)
+
+    def run(self, tasks: Sequence[Task], done: Callable[[Task, Any], None]) -> None:
+        """Run the tasks, at most one per worker at a time; ``done`` is called here, in the order in which they end.
+
+        Raises :class:`TaskFailed`, and ``launcher.control.Stopped`` when somebody asks for a stop.
+        """
+        waiting = list(tasks)
+        while waiting or any(worker.task for worker in self._workers):
+            self._job.check()
+            waiting += self._collect(done)
+            self._assign(waiting)
+            time.sleep(POLL_SECONDS)
+
+    def _assign(self, waiting: list[Task]) -> None:
+        idle = [worker for worker in self._workers if worker.task is None]
+        while waiting and (idle or len(self._workers) < self._size):
+            worker = idle.pop() if idle else self._hire()
+            worker.task = waiting.pop(0)
+            worker.call = worker.actor.run.remote(worker.task.function, worker.task.arguments)
+
+    def _collect(self, done: Callable[[Task, Any], None]) -> list[Task]:
+        """Take in what has ended; returns the tasks whose worker was lost."""
+        lost = []
+        for worker in list(self._workers):
+            self._introduce(worker)
+            if worker.task is None or not ray.wait([worker.call], timeout=0)[0]:
+                continue
+            task, worker.task = worker.task, None
+            try:
+                result = ray.get(worker.call, timeout=60)
+            except RayError as error:
+                self._after_error(worker, task, error)
+                lost.append(task)
+            else:
+                done(task, result)
+        return lost
+
+    def _after_error(self, worker: _Worker, task: Task, error: RayError) -> None:
+        """The task may be tried again on another worker, or :class:`TaskFailed` is raised."""
+        end = end_of(worker.number, error, worker.facts, worker.log)
+        self._dismiss(worker)
+        assert end.cause is not None
+        if end.cause not in UNCOUNTED:
+            self._losses[task.name] = self._losses.get(task.name, 0) + 1
+        if end.cause in HOPELESS or self._losses.get(task.name, 0) > self._job.spec.execution.max_restarts:
+            raise TaskFailed(task, end) from error
+        fields = {"task": task.name, "candidate": task.candidate, "reason": end.cause.value, "message": end.message}
+        self._job.journal.append("task_restart", fields)
+
+    def _hire(self) -> _Worker:
+        number, self._made = self._made, self._made + 1
+        log = self._job.journal.log_path(f"{self._role}.e{self._job.journal.epoch:04d}.{number}")
+        room = self._job.room
+        process: Any = ray.remote(TaskProcess).options(
+            num_cpus=room.threads, num_gpus=1 if room.gpus else 0, max_restarts=0, max_task_retries=0
+        )
+        actor: Any = process.remote(number, str(log))
+        worker = _Worker(number, actor, log, actor.facts.remote())
+        self._workers.append(worker)
+        return worker
+
+    def _introduce(self, worker: _Worker) -> None:
+        """Write down where a worker lives, as soon as it is known."""
+        if worker.facts is None and ray.wait([worker.pending_facts], timeout=0)[0]:
+            try:
+                worker.facts = ray.get(worker.pending_facts, timeout=10)
+            except RayError:
+                return  # its first call tells how it ended
+            self._job.journal.append("process_started", {"role": self._role, "candidate": None, **asdict(worker.facts)})
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        ray.kill(worker.actor, no_restart=True)
+        if worker.facts:
+            where = {"rank": worker.number, "pid": worker.facts.pid, "node": worker.facts.node}
+            self._job.journal.append("process_ended", {"role": self._role, "candidate": None, **where})
