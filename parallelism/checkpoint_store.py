@@ -4,6 +4,7 @@ A checkpoint is a directory ``e{epoch:04d}-s{step:08d}``. It is complete when it
 written last and by rename, and when every file has the size the manifest states.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -148,7 +149,8 @@ class CheckpointStore:
 
     def discard(self, directory: Path) -> None:
         """Delete as much as possible of a checkpoint that could not be completed."""
-        (directory / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (directory / MANIFEST).unlink()
         shutil.rmtree(directory, ignore_errors=True)
 
     def keep_newest(self, count: int) -> None:

@@ -27,7 +27,9 @@ RETRY_SECONDS = 5.0
 """Wait before a failed periodic write is tried again; doubled with every failure in a row."""
 LONGEST_RETRY_SECONDS = 300.0
 LAST_TRIES = 4
-"""How often the last checkpoint is tried, at intervals of 1, 2 and 4 seconds."""
+"""How often the last checkpoint is tried."""
+LAST_TRY_SECONDS = 1.0
+"""Wait before its second try; doubled with every further one."""
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ class Checkpoints:
         for attempt in range(LAST_TRIES):
             if self._newest_step == progress.step:
                 break
-            time.sleep(2.0 ** (attempt - 1) if attempt else 0.0)
+            time.sleep(LAST_TRY_SECONDS * 2.0 ** (attempt - 1) if attempt else 0.0)
             self._begin(progress, metrics, asynchronous=False)
         if self.newest and self._newest_step == progress.step:
             return self.newest

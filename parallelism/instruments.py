@@ -13,13 +13,12 @@ PEAK_SECONDS = 0.3
 
 
 class Instruments:
-    """Made when the group begins to burn; ``earlier`` is what earlier attempts burnt."""
+    """Made before the model is built. ``peak_flops`` is that of one device, from :func:`measured_peak_flops`."""
 
-    def __init__(self, earlier: Burnt, precision: str) -> None:
-        self._stopwatch = Stopwatch(dist.get_world_size(), earlier)
+    def __init__(self, stopwatch: Stopwatch, peak_flops: float) -> None:
+        self._stopwatch = stopwatch
         self._baseline_memory_bytes = device.peak_memory_bytes()
-        # All ranks at once, so that what they share (memory bandwidth, turbo) is shared here as in training.
-        self._group_peak_flops = dist.get_world_size() * _peak_flops(precision)
+        self._group_peak_flops = dist.get_world_size() * peak_flops
 
     def burnt(self) -> Burnt:
         """Consumed up to now by this attempt and the earlier ones."""
@@ -37,7 +36,10 @@ class Instruments:
 
 
 @lru_cache
-def _peak_flops(precision: str) -> float:
-    """FLOP/s of a matrix product on one device; measured once per process."""
+def measured_peak_flops(precision: str) -> float:
+    """FLOP/s of a large matrix product on this device; measured once per process.
+
+    All ranks measure at once, so that what devices share (memory bandwidth, clock rate) is shared as in training.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return device.matmul_peak_flops(dtype, seconds=PEAK_SECONDS)

@@ -28,14 +28,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from parallelism import checkpoint, device
 from parallelism.accounting import train_flops_per_sequence
-from parallelism.budget import Burnt, Ledger, Progress
+from parallelism.budget import Burnt, Ledger, Progress, Stopwatch
 from parallelism.checkpoint_store import CheckpointStore, Metrics, read_info, read_model
 from parallelism.checkpoints import Checkpoints, FileSaver, Start
 from parallelism.data.batches import TokenBatches
 from parallelism.data.prepared import Split
 from parallelism.engines.base import Engine
 from parallelism.feed import Feed
-from parallelism.instruments import Instruments
+from parallelism.instruments import Instruments, measured_peak_flops
 from parallelism.registry import ENGINES, FAMILIES, load
 from parallelism.result import DivergedError, LastCheckpointError, Report, TrainResult
 from parallelism.stop import StopRequest
@@ -50,8 +50,8 @@ def run_task(task: TrainTask, report: Report, stop: StopRequest) -> TrainResult:
     Raises ``ValueError`` for a task that cannot run, and what :meth:`parallelism.trainer.Trainer.train` raises.
     """
     check_task(task, dist.get_world_size())
-    earlier = Burnt(task.burnt_device_seconds, task.burnt_wall_seconds)
-    instruments = Instruments(earlier, task.training.precision)
+    stopwatch = Stopwatch(dist.get_world_size(), Burnt(task.burnt_device_seconds, task.burnt_wall_seconds))
+    instruments = Instruments(stopwatch, measured_peak_flops(task.training.precision))
     with Watchdog(task.stall_seconds, dist.get_rank(), report) as watchdog:
         cost = step_cost(task)
         engine: Engine = load(ENGINES[task.layout.engine].implementation)(task)
