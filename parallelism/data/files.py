@@ -23,6 +23,7 @@ COMPRESSION_FACTOR = 4
 """Bytes of text per byte of a compressed file, for estimates only."""
 
 COMPRESSED = (".gz", ".zst")
+ZSTD_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,47 @@ def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:
     if suffix.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
     if suffix.endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True, closefd=False)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
+        return io.BufferedReader(_ZstdFrames(stored), 1 << 20)
     return stored
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Zstandard frames one after the other, read as one stream.
+
+    The library's own ``stream_reader`` takes a file that was cut off for one that ends there.
+    """
+
+    def __init__(self, stored: BinaryIO) -> None:
+        self._stored = stored
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._rest = b""
+        self._text = memoryview(b"")  # slicing it copies nothing
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text and self._decompress_more():
+            pass
+        size = min(len(buffer), len(self._text))
+        buffer[:size] = self._text[:size]
+        self._text = self._text[size:]
+        return size
+
+    def _decompress_more(self) -> bool:
+        """Take in the next piece of the file; False at its end."""
+        data = self._rest or self._stored.read(ZSTD_READ_BYTES)
+        if not data:
+            if self._frame is not None:
+                raise EOFError("the file ends inside a Zstandard frame")
+            return False
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._text = memoryview(self._frame.decompress(data))
+        self._rest = b""
+        if self._frame.eof:
+            self._rest, self._frame = self._frame.unused_data, None
+        return True
 
 
 def find_files(patterns: Sequence[str], field: str) -> list[SourceFile]:

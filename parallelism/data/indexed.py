@@ -9,10 +9,11 @@ Here every document is one sequence.
 import hashlib
 import os
 import struct
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,36 +25,32 @@ CHUNK = 1 << 20
 """Documents whose index entries are held in memory at once."""
 
 
+@contextmanager
+def writing(prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> Iterator["IndexedWriter"]:
+    """A writer of ``PREFIX.bin`` (as documents come) and ``PREFIX.idx`` (when it is told to finish)."""
+    # The lengths wait on disk too: the index wants all of them before the first offset.
+    with open(bin_path(prefix), "wb") as tokens, tempfile.TemporaryFile(dir=prefix.parent) as lengths:
+        yield IndexedWriter(prefix, dtype, tokens, lengths)
+
+
 class IndexedWriter:
-    """Writes ``PREFIX.bin`` as documents come and ``PREFIX.idx`` at the end; a context manager that closes both.
+    """What :func:`writing` yields. ``documents`` and ``tokens`` count what was written."""
 
-    ``documents`` and ``tokens`` count what was written; ``sha256`` is that of the ``.bin`` file.
-    """
-
-    def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
+    def __init__(
+        self, prefix: Path, dtype: type[np.uint16] | type[np.int32], tokens: BinaryIO, lengths: BinaryIO
+    ) -> None:
         self.documents = 0
         self.tokens = 0
         self._prefix = prefix
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._code = TYPE_CODES[dtype]
         self._hash = hashlib.sha256()
-        self._files = ExitStack()
-        self._bin = self._files.enter_context(open(bin_path(prefix), "wb"))
-        self._lengths = self._files.enter_context(open(self._lengths_path, "wb+"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
-
-    @property
-    def _lengths_path(self) -> Path:
-        return self._prefix.with_name(self._prefix.name + ".lengths")
+        self._bin = tokens
+        self._lengths = lengths
 
     @property
     def sha256(self) -> str:
-        """Hash of the tokens written so far."""
+        """Hash of the ``.bin`` file so far."""
         return self._hash.hexdigest()
 
     def add(self, documents: list[np.ndarray]) -> None:
@@ -77,8 +74,6 @@ class IndexedWriter:
                 index.write(np.arange(start, min(start + CHUNK, self.documents + 1), dtype="<i8").data)
             _to_disk(index)
         _to_disk(self._bin)
-        self._files.close()
-        self._lengths_path.unlink()
 
     def _length_chunks(self) -> Iterator[np.ndarray]:
         self._lengths.seek(0)

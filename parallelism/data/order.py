@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 ROUNDS = 6
-SMALLEST_HALF_BITS = 3
+SMALLEST_HALF_BITS = 2
 
 
 def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:

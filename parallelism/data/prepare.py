@@ -21,12 +21,12 @@ from pathlib import Path
 from parallelism.data.config import DataConfig
 from parallelism.data.errors import DataError
 from parallelism.data.files import SourceFile, find_files
-from parallelism.data.indexed import IndexedWriter
+from parallelism.data.indexed import IndexedWriter, writing
 from parallelism.data.prepared import SPLITS, TOKENIZER, PreparedData, Split, SplitFacts
 from parallelism.data.readers import Document, read_documents, reader_of
-from parallelism.data.split import HOLD_OUT_NOTHING, CorpusDigest, Survey, document_key, survey
+from parallelism.data.split import HOLD_OUT_NOTHING, CorpusDigest, Survey, document_key
 from parallelism.data.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from parallelism.data.turn import take_turn
+from parallelism.data.turn import PATIENCE_SECONDS, Turn, take_turn
 
 FORMAT = 1
 """Part of every request's hash: raise it when the same request would give other tokens."""
@@ -39,17 +39,25 @@ Progress = Callable[[str, int], None]
 """Called with the phase (``survey`` or ``tokenize``) and the bytes of text it has seen."""
 
 
-def prepare(config: DataConfig, directory: Path, seed: int, progress: Progress | None = None) -> PreparedData:
+def prepare(
+    config: DataConfig,
+    directory: Path,
+    seed: int,
+    progress: Progress | None = None,
+    patience: float = PATIENCE_SECONDS,
+) -> PreparedData:
     """Prepare the data of a job in ``directory``, or find it prepared there.
 
     The same config and seed give the same files, byte for byte. Any number of processes may call it at once; one does
-    the work and all return its result. Raises :class:`DataError` for data that cannot be used.
+    the work and all return its result; one that shows no life for ``patience`` seconds is waited for no longer.
+    Raises :class:`DataError` for data that cannot be used.
     """
     request = request_digest(config, seed)
     prepared = find_prepared(directory, request)
     if prepared is None:
         directory.mkdir(parents=True, exist_ok=True)
-        prepared = _prepare_in_turn(config, directory, seed, request, progress)
+        with take_turn(directory, lambda: find_prepared(directory, request) is not None, patience) as turn:
+            prepared = find_prepared(directory, request) or _prepare(config, directory, seed, turn, progress)
     check_lengths(prepared, config)
     return prepared
 
@@ -74,34 +82,39 @@ def check_lengths(prepared: PreparedData, config: DataConfig) -> None:
     for split in SPLITS:
         tokens, needed = prepared.splits[split].tokens, config.sequence_length + 1
         if tokens < needed:
-            raise _too_short(config, split, f"{tokens} tokens", needed)
+            raise too_short(config, split, f"{tokens} tokens", needed)
 
 
-def _too_short(config: DataConfig, split: Split, has: str, needed: int) -> DataError:
+def no_text(config: DataConfig, split: Split) -> DataError:
+    """The error for a split without a document."""
+    value = config.train if split == "train" else config.validation
+    return DataError(f"data.{split}", value, "has no text; every file is empty or white space")
+
+
+def too_short(config: DataConfig, split: Split, has: str, needed: int) -> DataError:
+    """The error for a split that has, say, ``12 tokens`` where a sequence needs 257."""
     value = config.train if split == "train" else config.validation
     remedy = "give more text, " + ("" if split == "train" else "hold out more, ") + "or lower data.sequence_length"
     return DataError(f"data.{split}", value, f"the {split} split has {has}, one sequence needs {needed}; {remedy}")
 
 
-def _prepare_in_turn(
-    config: DataConfig, directory: Path, seed: int, request: str, progress: Progress | None
-) -> PreparedData:
-    with take_turn(directory, lambda: find_prepared(directory, request) is not None) as turn:
-        prepared = find_prepared(directory, request)
-        if prepared is not None:
-            return prepared
-        _remove_leftovers(directory, everything=turn.held)
+def _prepare(config: DataConfig, directory: Path, seed: int, turn: Turn, progress: Progress | None) -> PreparedData:
+    _remove_leftovers(directory, everything=turn.held)
 
-        def report(phase: str, seen_bytes: int) -> None:
-            turn.alive()
-            if progress is not None:
-                progress(phase, seen_bytes)
+    def report(phase: str, seen_bytes: int) -> None:
+        turn.alive()
+        if progress is not None:
+            progress(phase, seen_bytes)
 
-        with _new_folder(directory, locked=turn.held) as folder:
-            built = build(config, directory, folder.name, seed, report)
-            check_lengths(built, config)
-            built.write()
-        return built
+    with _new_folder(directory, locked=turn.held) as folder:
+        built = build(config, directory, folder.name, seed, report)
+        check_lengths(built, config)
+        faster = find_prepared(directory, built.request)
+        if faster is not None:  # by a process that was done waiting for us
+            shutil.rmtree(folder)
+            return faster
+        built.write()
+    return built
 
 
 # The build
@@ -166,10 +179,22 @@ def build(config: DataConfig, directory: Path, folder: str, seed: int, report: P
 
 
 def survey_corpus(corpus: Corpus, seed: int, report: Progress) -> Survey:
-    """The first pass: keys and sizes of the training documents, and the tokenizer's sample."""
+    """The first pass: keys and sizes of the training documents, and the tokenizer's sample.
+
+    Raises :class:`DataError` where there is no document.
+    """
     tokenizer = corpus.config.tokenizer
-    documents = _reported(corpus.documents(corpus.train), "survey", report)
-    return survey(documents, seed, tokenizer.training_bytes if tokenizer.kind == "bpe" else 0)
+    found = Survey(seed, tokenizer.training_bytes if tokenizer.kind == "bpe" else 0)
+    reported = 0
+    for document in corpus.documents(corpus.train):
+        found.add(document)
+        if found.bytes - reported >= BATCH_BYTES:
+            reported = found.bytes
+            report("survey", reported)
+    report("survey", found.bytes)
+    if not found.documents:
+        raise no_text(corpus.config, "train")
+    return found
 
 
 def _survey_and_tokenizer(corpus: Corpus, seed: int, report: Progress) -> tuple[int, str | None, TextTokenizer]:
@@ -196,38 +221,32 @@ def _write_tokens(
     digest = CorpusDigest()
     text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     with ExitStack() as files:
-        writers = {split: files.enter_context(IndexedWriter(folder / split, tokenizer.dtype)) for split in SPLITS}
-        for batch in _batched(_assigned(corpus, seed, threshold, digest, report)):
+        writers = {split: files.enter_context(writing(folder / split, tokenizer.dtype)) for split in SPLITS}
+        for batch in _batched(_assigned(corpus, seed, threshold, digest)):
             tokens = tokenizer.encode([document for _, document in batch])
             for split in SPLITS:
                 chosen = [index for index, (side, _) in enumerate(batch) if side == split]
                 writers[split].add([tokens[index] for index in chosen])
                 text_bytes[split] += sum(len(batch[index][1].data) for index in chosen)
+            report("tokenize", sum(text_bytes.values()))
         for split in SPLITS:
-            _check_filled(corpus.config, split, writers[split])
+            if not writers[split].documents:
+                raise no_text(corpus.config, split)
             writers[split].finish()
     return {split: _facts(writers[split], text_bytes[split]) for split in SPLITS}, digest.hexdigest()
-
-
-def _check_filled(config: DataConfig, split: Split, writer: IndexedWriter) -> None:
-    if not writer.documents:
-        value = config.train if split == "train" else config.validation
-        raise DataError(f"data.{split}", value, "has no text; every file is empty or white space")
 
 
 def _facts(writer: IndexedWriter, text_bytes: int) -> SplitFacts:
     return SplitFacts(documents=writer.documents, tokens=writer.tokens, bytes=text_bytes, sha256=writer.sha256)
 
 
-def _assigned(
-    corpus: Corpus, seed: int, threshold: int, digest: CorpusDigest, report: Progress
-) -> Iterator[tuple[Split, Document]]:
+def _assigned(corpus: Corpus, seed: int, threshold: int, digest: CorpusDigest) -> Iterator[tuple[Split, Document]]:
     """Every document with its side of the split; the digest takes in those of ``data.train``."""
-    for document in _reported(corpus.documents(corpus.train), "tokenize", report):
+    for document in corpus.documents(corpus.train):
         key = document_key(seed, document.data)
         digest.add(key)
         yield ("validation" if key < threshold else "train"), document
-    for document in _reported(corpus.documents(corpus.validation), "tokenize", report):
+    for document in corpus.documents(corpus.validation):
         yield "validation", document
 
 
@@ -243,18 +262,6 @@ def _batched(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _reported(documents: Iterable[Document], phase: str, report: Progress) -> Iterator[Document]:
-    """The same documents; reports about every 4 MiB of them."""
-    seen = reported = 0
-    for document in documents:
-        yield document
-        seen += len(document.data)
-        if seen - reported >= BATCH_BYTES:
-            report(phase, seen)
-            reported = seen
-    report(phase, seen)
 
 
 # Folders

@@ -12,7 +12,7 @@ from pathlib import Path
 from parallelism.data.config import DataConfig
 from parallelism.data.errors import DataError
 from parallelism.data.files import ALLOWED_PROTOCOLS, absolute
-from parallelism.data.prepare import Corpus, prepare, survey_corpus
+from parallelism.data.prepare import Corpus, prepare, survey_corpus, too_short
 from parallelism.data.prepared import SPLITS, Split
 from parallelism.data.tokenizer import DEFAULT_VOCAB_SIZE, load_tokenizer
 
@@ -84,12 +84,7 @@ def _check_bound(config: DataConfig, split: Split, documents: int, size: int) ->
     """A token is at least one byte, but for the one that ends a document."""
     needed = config.sequence_length + 1
     if documents + size < needed:
-        value = config.train if split == "train" else config.validation
-        problem = (
-            f"the {split} split has {size} bytes of text, one sequence needs {needed} tokens; give more text,"
-            " hold out another share, or lower data.sequence_length"
-        )
-        raise DataError(f"data.{split}", value, problem)
+        raise too_short(config, split, f"only {size} bytes of text", needed)
 
 
 def _check_vocabulary(config: DataConfig, trained_bytes: int) -> None:

@@ -7,7 +7,6 @@ documents have equal keys: a document that occurs twice is never both trained on
 
 import hashlib
 import heapq
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -78,10 +77,8 @@ class Survey:
     def threshold(self, fraction: float) -> int:
         """The key below which documents are held out: see :func:`held_out_threshold`.
 
-        Raises :class:`DataError` where the corpus cannot be split.
+        Raises :class:`DataError` where the corpus is a single document.
         """
-        if not self.documents:
-            raise DataError("data.train", self.documents, "the corpus has no text; every file is empty or white space")
         if np.count_nonzero(self._bucket_bytes) < 2:
             problem = (
                 "the training text is a single document, so none can be held out; name validation files, give more"
@@ -102,14 +99,6 @@ class Survey:
         """
         kept = sorted(entry for entry in self._sample if entry[0] >= threshold)
         return [data.decode("utf-8", errors="ignore") for _, _, data in kept]
-
-
-def survey(documents: Iterable[Document], seed: int, sample_bytes: int) -> Survey:
-    """One pass over the documents."""
-    result = Survey(seed, sample_bytes)
-    for document in documents:
-        result.add(document)
-    return result
 
 
 def held_out_threshold(bucket_bytes: np.ndarray, fraction: float) -> int:

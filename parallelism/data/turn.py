@@ -30,7 +30,7 @@ class Turn:
 
 
 @contextmanager
-def take_turn(directory: Path, done: Callable[[], bool], patience: float = PATIENCE_SECONDS) -> Iterator[Turn]:
+def take_turn(directory: Path, done: Callable[[], bool], patience: float) -> Iterator[Turn]:
     """Wait for the lock, for ``done`` to become true, or for a holder to show no life for ``patience`` seconds."""
     path = directory / LOCK
     with open(path, "a") as file:  # closing it releases the lock
