@@ -1,0 +1,389 @@
+"""The command ``espalier``. Results go to stdout, all else to stderr; with ``--json``, stdout is one document."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from compression.recipe import grid
+from launcher.jobs import Home, JobError, collect_garbage, find_job, list_jobs, run_job, stop_job
+from launcher.journal import Journal, StaleEpochError
+from launcher.result import result_document
+from launcher.states import FINAL, JobState
+from launcher.tracking import EXIT_DONE, default_uri
+from parallelism.presets import PRESETS, resolve_model
+from services import tables
+from services.dryrun import dry_run
+from services.foreground import run_in_foreground
+from services.progress import display_for
+from services.submission import BadSpecError, differences, make_request, read_spec, submit
+from services.ui import choose_port, mlflow_server
+
+DEFAULT_HOME = Path("~/.local/share/espalier")
+DEMO = Path(__file__).parent / "demo.yaml"
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="espalier",
+    help="Train large, then compress: which model is best at every size, for a fixed compute budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stdout = Console(soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+HomeOption = Annotated[Path, typer.Option("--home", envvar="ESPALIER_HOME", help="Where all jobs and results live.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
+JobArgument = Annotated[str, typer.Argument(help="A job's id, the beginning of one, or 'last'.")]
+JobFileArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file.")]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mlflow", metavar="URI", help="An MLflow server or store, or 'none'. [default: the home's own store]"
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """What stands before a command. ``--debug`` is taken out by :func:`main`, wherever it stands."""
+    if show_version:
+        stdout.print(version("espalier-service"))
+        raise typer.Exit
+
+
+@app.command()
+def demo(home: HomeOption = DEFAULT_HOME, tracking: TrackingOption = None, as_json: JsonOption = False) -> None:
+    """Train, compress and compare three small models; a few minutes on two cores."""
+    request = make_request(read_spec(DEMO), Home(home), str(DEMO))
+    _work(submit(request, Home(home)), Home(home), tracking, as_json, job_file=None)
+
+
+@app.command()
+def run(
+    job_file: Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="A job file.")] = None,
+    continued: Annotated[
+        str | None, typer.Option("--continue", metavar="JOB", help="Continue this job instead of starting a new one.")
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a job from its file to the frontier. Ctrl-C pauses it with checkpoints; --continue takes it up again."""
+    if continued is not None:
+        journal = find_job(Home(home), continued)
+        if job_file is not None:
+            _refuse_another_spec(job_file, journal)
+    elif job_file is not None:
+        request = make_request(read_spec(job_file), Home(home), str(job_file))
+        journal = submit(request, Home(home))
+    else:
+        raise ValueError("name a job file, or a job with --continue")
+    _work(journal, Home(home), tracking, as_json, job_file)
+
+
+@app.command()
+def plan(
+    job_file: JobFileArgument,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Also build every rank's part of every model, without memory for weights.")
+    ] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether and how a job fits: layout, steps, memory, disk, time and cost. Nothing is started."""
+    request = make_request(read_spec(job_file), Home(home), str(job_file))
+    document = request.plan.model_dump(mode="json")
+    if dry:
+        document["dry_run"] = [dry_run(candidate, stderr) for candidate in document["candidates"]]
+    if as_json:
+        _print_json(document)
+        return
+    stdout.print(tables.plan_table(document))
+    for line in tables.plan_notes(document):
+        stdout.print(line)
+    for built in document.get("dry_run", []):
+        stdout.print(tables.dry_run_table(built))
+    if not all(built["ok"] for built in document.get("dry_run", [])):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def frontier(
+    job: JobArgument,
+    png: Annotated[Path | None, typer.Option(help="Copy the figure to this file.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also the variants that others beat.")] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a job's frontier: the variants that no other variant beats in both quality and size."""
+    journal = find_job(Home(home), job)
+    result = result_document(journal)
+    rows = tables.frontier_rows(result, everything)
+    if png is not None:
+        _copy_figure(journal, png)
+    if as_json:
+        _print_json({"job": result["job"], "variants": rows})
+    elif rows:
+        stdout.print(tables.frontier_table(result, everything))
+    else:
+        stderr.print(f"job {result['job']} has no measured variants yet (state: {result['state']})")
+
+
+@app.command()
+def show(job: JobArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Show one job: state, candidates, processes, results."""
+    journal = find_job(Home(home), job)
+    result = result_document(journal)
+    processes = [
+        {name: event.get(name) for name in ("role", "candidate", "rank", "pid", "node")}
+        for event in journal.view().processes.values()
+    ]
+    if as_json:
+        _print_json(result | {"processes": processes})
+        return
+    stdout.print(f"[bold]{result['job']}[/]: {result['state']}, attempt {result['attempts']}, in {result['directory']}")
+    _show_result(journal, result)
+    if processes:
+        stdout.print(tables.processes_table(processes))
+
+
+@app.command(name="list")
+def list_command(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the jobs of a home, oldest first."""
+    rows = [_job_row(journal) for journal in list_jobs(Home(home))]
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        stdout.print(tables.jobs_table(rows))
+    else:
+        stderr.print(f"no jobs under {home}")
+
+
+@app.command()
+def pause(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
+    """Ask a running job to write checkpoints and pause."""
+    _ask(find_job(Home(home), job), "pause")
+
+
+@app.command()
+def cancel(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
+    """Ask a running job to write checkpoints and end for good."""
+    _ask(find_job(Home(home), job), "cancel")
+
+
+@app.command()
+def presets(as_json: JsonOption = False) -> None:
+    """List the published models that a job file may name as model: {preset: NAME}."""
+    rows = []
+    for name, preset in PRESETS.items():
+        config = resolve_model({"preset": name})
+        shape = {"layers": config.layers, "hidden": config.hidden, "heads": config.heads}
+        rows.append({"name": name, "parameters": config.parameter_count, **shape, "source": preset.source})
+    rows.sort(key=lambda row: row["parameters"])
+    if as_json:
+        _print_json(rows)
+    else:
+        stdout.print(tables.presets_table(rows))
+
+
+@app.command()
+def ui(
+    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1. [default: 5000, or a free one]")] = None,
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Serve MLflow's web interface on the home's store until Ctrl-C."""
+    stderr.print("starting MLflow …")
+    with mlflow_server(home.expanduser().absolute(), choose_port(port)) as address:
+        stdout.print(address)
+        stderr.print("Ctrl-C ends it")
+        while True:
+            time.sleep(3600)
+
+
+@app.command()
+def track(job: JobArgument, tracking: TrackingOption = None, home: HomeOption = DEFAULT_HOME) -> None:
+    """Feed MLflow with what it does not have of a job yet, from the job's journal."""
+    journal = find_job(Home(home), job)
+    uri = tracking or default_uri(home.expanduser().absolute())
+    command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
+    ended = subprocess.run(command, check=False)
+    if ended.returncode != EXIT_DONE:
+        raise typer.Exit(EXIT_FAILED)
+    stderr.print(f"everything of job {journal.job_id} is in {uri}")
+
+
+@app.command()
+def gc(
+    days: Annotated[float, typer.Option("--older-than", metavar="DAYS", help="Age of failed jobs to remove.")] = 30.0,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Free disk space: intermediate files of finished jobs, and jobs that failed or were cancelled long ago."""
+    found = collect_garbage(Home(home), older_than_days=days, dry_run=dry)
+    rows = [{"job": item.job_id, "what": item.what, "path": str(item.path), "bytes": item.bytes} for item in found]
+    total = sum(item.bytes for item in found)
+    if as_json:
+        _print_json({"dry_run": dry, "bytes": total, "removed": rows})
+        return
+    for row in rows:
+        stdout.print(f"{row['job']}: {row['what']}, {tables.sized(row['bytes'])}")
+    stdout.print(f"{tables.sized(total)} {'would be' if dry else 'were'} freed")
+
+
+def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job_file: Path | None) -> None:
+    """Run a job in the foreground until it rests, show what it brought, and exit as it ended."""
+    spec, job_id = journal.spec(), journal.job_id
+    stderr.print(f"job {job_id} in {journal.directory}")
+    names = [candidate.name for candidate in spec.candidates]
+    interrupted = run_in_foreground(
+        Journal(journal.directory),
+        supervise=lambda: run_job(home, job_id, tracking=tracking),
+        stop_hard=lambda: stop_job(home, job_id),
+        display=display_for(stderr, names, variants=len(names) * len(grid(spec.compression))),
+    )
+    result = result_document(journal)
+    if as_json:
+        _print_json(result)
+    else:
+        _show_result(journal, result)
+    _say_how_it_ended(result, job_file, home)
+    if result["state"] != JobState.SUCCEEDED:
+        raise typer.Exit(EXIT_INTERRUPTED if interrupted else EXIT_FAILED)
+
+
+def _show_result(journal: Journal, result: dict[str, Any]) -> None:
+    stdout.print(tables.candidates_table(result))
+    if tables.frontier_rows(result, everything=False):
+        stdout.print()
+        stdout.print(tables.frontier_table(result))
+        stdout.print()
+    for label, path in (("figure", _figure(journal)), ("exports", journal.exports_dir)):
+        if path.exists():
+            stdout.print(f"{label}: {path}")
+    if result["mlflow_url"]:
+        place = journal.document("tracking/mlflow") or {}
+        served = str(place.get("uri", "")).startswith("http")
+        stdout.print(f"MLflow: {result['mlflow_url']}{'' if served else '  (served by: espalier ui)'}")
+
+
+def _say_how_it_ended(result: dict[str, Any], job_file: Path | None, home: Home) -> None:
+    state = JobState(result["state"])
+    if result["error"]:
+        stderr.print(f"[red]job {result['job']} {state}:[/] {_first_lines(result['error'])}")
+    if state not in FINAL:
+        words = ["espalier", "run", *([str(job_file)] if job_file else []), "--continue", result["job"]]
+        if home.path != DEFAULT_HOME:
+            words += ["--home", str(home.path)]
+        stderr.print(f"the job is {state}; continue it with: {' '.join(words)}")
+
+
+def _refuse_another_spec(job_file: Path, journal: Journal) -> None:
+    """A job keeps its spec: a result that belongs to two specs would belong to none."""
+    found = differences(read_spec(job_file), journal.spec())
+    if found:
+        raise BadSpecError(str(job_file), found)
+
+
+def _ask(journal: Journal, desired: Any) -> None:
+    if journal.holder() is None:
+        raise JobError(
+            f"nobody works on job {journal.job_id} (state: {journal.state()}): there is nothing to {desired}"
+        )
+    journal.set_desired(desired)
+    stderr.print(f"asked job {journal.job_id} to {desired}")
+
+
+def _job_row(journal: Journal) -> dict[str, Any]:
+    view, facts = journal.view(), journal.facts()
+    return {
+        "job": journal.job_id,
+        "name": journal.spec().name,
+        "state": view.state.value,
+        "attempts": view.epoch,
+        "created": time.strftime("%Y-%m-%d %H:%M", time.localtime(facts["created"])),
+        "running": journal.holder() is not None,
+    }
+
+
+def _figure(journal: Journal) -> Path:
+    return journal.report_dir / "frontier.png"
+
+
+def _copy_figure(journal: Journal, target: Path) -> None:
+    source = _figure(journal)
+    if not source.exists():
+        raise JobError(f"job {journal.job_id} has no figure yet (state: {journal.state()}): let it finish first")
+    shutil.copyfile(source, target)
+    stderr.print(f"figure written to {target}")
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _first_lines(text: str, count: int = 2) -> str:
+    return "\n".join(text.strip().splitlines()[:count])
+
+
+def report(error: ValueError | OSError | StaleEpochError, as_json: bool) -> int:
+    """Tell a user's error in a few lines, or as JSON; returns the exit code."""
+    found = (
+        [str(problem) for problem in error.problems] if isinstance(error, BadSpecError) else [_first_lines(str(error))]
+    )
+    source = f"{error.source}: " if isinstance(error, BadSpecError) else ""
+    if as_json:
+        fields = (
+            [{"field": one.field, "message": one.message} for one in error.problems]
+            if isinstance(error, BadSpecError)
+            else []
+        )
+        _print_json({"error": source + "; ".join(found), "problems": fields})
+    for line in found:
+        stderr.print(f"[red]error:[/] {source}", end="")
+        stderr.print(line, markup=False)
+    return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The excepthook without ``--debug``: a fault of the software, in two lines."""
+    last = traceback.extract_tb(trace)[-1]
+    stderr.print(f"internal error: {kind.__name__}: {error} ({Path(last.filename).name}:{last.lineno})", markup=False)
+    stderr.print("this is a fault of espalier; run the command again with --debug for the whole traceback")
+
+
+def main() -> NoReturn:
+    """Entry point of the command: user's errors become lines and exit codes; with ``--debug``, tracebacks."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        sys.excepthook = _unexpected
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, OSError, StaleEpochError) as error:
+        if debug:
+            raise
+        sys.exit(report(error, "--json" in arguments))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
