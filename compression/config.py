@@ -1,14 +1,16 @@
 """The compression part of a job: which methods at which strengths. Torch-free."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 
 from compression.registry import PRUNING, QUANTIZATION
 from parallelism.options import Options
+from parallelism.registry import Entry
 
 
-def _known(kind: str, table: dict) -> AfterValidator:
+def _known(kind: str, table: Mapping[str, Entry]) -> AfterValidator:
     def check(name: str) -> str:
         if name not in table:
             raise ValueError(f"unknown {kind} method {name!r}: available are {', '.join(sorted(table))}")
@@ -17,6 +19,14 @@ def _known(kind: str, table: dict) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _once(values: list) -> list:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(str, twice))} is listed twice: name every value once")
+    return values
+
+
+Once = AfterValidator(_once)
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 Bits = Literal[8, 6, 4, 3]
 
@@ -31,16 +41,20 @@ class CalibrationConfig(Options):
 class PruneConfig(Options):
     """Pruning methods × sparsities."""
 
-    methods: list[Annotated[str, _known("pruning", PRUNING)]] = Field(min_length=1)
-    sparsity: list[Sparsity] = Field(min_length=1, description="fraction of each weight matrix set to zero")
+    methods: Annotated[list[Annotated[str, _known("pruning", PRUNING)]], Once] = Field(min_length=1)
+    sparsity: Annotated[list[Sparsity], Once] = Field(
+        min_length=1, description="fraction of each weight matrix set to zero"
+    )
 
 
 class QuantizeConfig(Options):
     """Quantisation methods × bit widths."""
 
-    methods: list[Annotated[str, _known("quantisation", QUANTIZATION)]] = Field(min_length=1)
-    bits: list[Bits] = Field(min_length=1)
-    group_size: PositiveInt | None = Field(default=None, description="columns that share a scale; none: per output channel")
+    methods: Annotated[list[Annotated[str, _known("quantisation", QUANTIZATION)]], Once] = Field(min_length=1)
+    bits: Annotated[list[Bits], Once] = Field(min_length=1)
+    group_size: PositiveInt | None = Field(
+        default=None, description="columns that share a scale; none: per output channel"
+    )
     symmetric: bool = True
     embedding_bits: Literal[16, 8] = Field(default=8, description="embeddings and output layer; 16 is bfloat16")
 

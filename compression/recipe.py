@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from compression.config import CompressionConfig
+from compression.config import CompressionConfig, PruneConfig, QuantizeConfig
 from parallelism.options import Options
 
 
@@ -45,27 +45,28 @@ class Recipe(Options):
 
 def grid(config: CompressionConfig | None) -> list[Recipe]:
     """Every recipe of a job, the dense baseline first. Embeddings are quantised where linear weights are."""
+    prunings = _prunings(config.prune) if config and config.prune else []
+    quantizations = _quantizations(config.quantize) if config and config.quantize else []
+    embedding_bits = config.quantize.embedding_bits if config and config.quantize else 16
     recipes = [Recipe()]
-    if config is None:
-        return recipes
-    prunings = [
-        Pruning(method=method, sparsity=sparsity)
-        for method in (config.prune.methods if config.prune else [])
-        for sparsity in (config.prune.sparsity if config.prune else [])
-    ]
-    quantize = config.quantize
-    quantizations = [
-        Quantization(method=method, bits=bits, group_size=quantize.group_size, symmetric=quantize.symmetric)
-        for method in (quantize.methods if quantize else [])
-        for bits in (quantize.bits if quantize else [])
-    ] if quantize else []
-    embedding_bits = quantize.embedding_bits if quantize else 16
     recipes += [Recipe(prune=pruning) for pruning in prunings]
     recipes += [Recipe(quantize=quantization, embedding_bits=embedding_bits) for quantization in quantizations]
-    if config.combine:
+    if config and config.combine:
         recipes += [
             Recipe(prune=pruning, quantize=quantization, embedding_bits=embedding_bits)
             for pruning in prunings
             for quantization in quantizations
         ]
     return recipes
+
+
+def _prunings(config: PruneConfig) -> list[Pruning]:
+    return [Pruning(method=method, sparsity=sparsity) for method in config.methods for sparsity in config.sparsity]
+
+
+def _quantizations(config: QuantizeConfig) -> list[Quantization]:
+    return [
+        Quantization(method=method, bits=bits, group_size=config.group_size, symmetric=config.symmetric)
+        for method in config.methods
+        for bits in config.bits
+    ]

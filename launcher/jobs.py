@@ -32,9 +32,14 @@ class Home:
     path: Path
 
     @property
+    def root(self) -> Path:
+        """The directory, absolute."""
+        return self.path.expanduser().absolute()
+
+    @property
     def jobs_dir(self) -> Path:
         """One folder per job."""
-        return self.path.expanduser().absolute() / "jobs"
+        return self.root / "jobs"
 
     def journal(self, job_id: str) -> Journal:
         """The journal of a job, whether it exists or not."""
@@ -85,7 +90,7 @@ def run_job(
     journal = find_job(home, job_id)
     _refuse_unless_free(journal)
     journal.set_desired("run")
-    feeder = None if tracking == NO_TRACKING else FeederProcess(journal, home.path, tracking)
+    feeder = None if tracking == NO_TRACKING else FeederProcess(journal, home.root, tracking)
     try:
         return Supervisor(journal, backend or make_backend(journal.spec().execution.backend)).run(poll)
     finally:
@@ -101,7 +106,7 @@ def _refuse_unless_free(journal: Journal) -> None:
             "wait for it, or ask it to pause"
         )
     if not can_continue(state) and state is not JobState.SUBMITTED:
-        raise JobError(f"job {journal.job_id} has {state}: there is nothing to continue; submit it anew")
+        raise JobError(f"job {journal.job_id} is {state}: there is nothing to continue; submit it anew")
 
 
 class Supervisor:

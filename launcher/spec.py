@@ -48,12 +48,16 @@ class ExecutionConfig(Options):
 
     backend: str = "local"
     profile: str = Field(default="default", description="an operator-defined profile")
-    devices: PositiveInt | None = Field(default=None, description="ranks the job may hold at once; default: what the back-end has")
+    devices: PositiveInt | None = Field(
+        default=None, description="ranks the job may hold at once; default: what the back-end has"
+    )
     threads_per_rank: PositiveInt = 1
     max_restarts: NonNegativeInt = Field(default=3, description="consecutive restarts without a new checkpoint")
     checkpoint_every: CheckpointPolicy = CheckpointPolicy(seconds=60)
     price_per_device_hour: NonNegativeFloat = 0.0
-    stall_seconds: float = Field(default=600.0, gt=0, description="a gang without progress for this long is treated as dead")
+    stall_seconds: float = Field(
+        default=600.0, gt=0, description="a gang without progress for this long is treated as dead"
+    )
 
 
 class JobSpec(Options):

@@ -38,7 +38,6 @@ from launcher.tracking_records import (
     closing_changes,
     flatten,
     summary,
-    variant_key,
 )
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ class Feeder:
         number, seconds = self._job.rested_at()
         milliseconds = round(seconds * 1000)
         for row in result["variants"]:
-            self._write(variant_key(row), closing_changes(row, number, milliseconds))
+            self._write(row["name"], closing_changes(row, number, milliseconds))
         status = RUN_STATUS.get(result["state"], "RUNNING")
         self._end_candidates(status, milliseconds)
         self._upload({**self._job.documents(), "result.json": json.dumps(result, indent=1)}, self._job.report())

@@ -156,7 +156,7 @@ class Translation:
             changes.metrics.append(_point("lost_device_hours", lost / 3600.0, event["number"], event))
 
     def _variant(self, event: Mapping[str, Any]) -> None:
-        changes = self.of(variant_key(event), event)
+        changes = self.of(event["name"], event)
         changes.params |= flatten({"recipe": event.get("recipe") or {}})
         changes.params["variant"] = str(event["name"])
         for name, value in variant_numbers(event).items():
@@ -177,11 +177,6 @@ _HANDLERS: dict[str, Callable[[Translation, Mapping[str, Any]], None]] = {
     "restart": Translation._restart,
     "variant": Translation._variant,
 }
-
-
-def variant_key(row: Mapping[str, Any]) -> str:
-    """Key of a variant's run, from its event or its row in the result document."""
-    return f"{row['candidate']}/{row['name']}"
 
 
 def variant_numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -243,9 +238,7 @@ def summary(name: str, state: str, result: Mapping[str, Any]) -> str:
     if frontier:
         metric = frontier[0]["quality"]["metric"]
         lines += ["### Frontier", "", f"| variant | bytes | {metric} |", "|---|---|---|"]
-        lines += [
-            f"| {variant_key(row)} | {_text(row['bytes'])} | {_text(row['quality']['value'])} |" for row in frontier
-        ]
+        lines += [f"| {row['name']} | {_text(row['bytes'])} | {_text(row['quality']['value'])} |" for row in frontier]
         lines.append("")
     return "\n".join(lines)
 

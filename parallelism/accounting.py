@@ -19,7 +19,7 @@ __all__ = [
 
 
 def train_flops_per_sequence(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of one sequence's forward and backward pass: 3 × forward, because each product has two in the backward pass.
+    """FLOPs of one sequence: 3 × forward, because every matrix product has two in the backward pass.
 
     Recomputed activations are not counted (model FLOPs, Chowdhery et al. 2022, appendix B). Narayanan et al. 2021 count
     F = 96·B·s·l·h²·(1 + s/6h + V/16lh) with recomputation, which is this with 4 × forward in the layers.

@@ -90,7 +90,7 @@ def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
 
 
 def _copies(name: str, config: ModelConfig, layout: Layout, stage: Stage) -> int:
-    """How often a parameter of the whole model stands for one of this stage; layers are alike, so layer 0 is counted."""
+    """How often a parameter of the whole model stands for one of this stage: layer 0 stands for all of its layers."""
     if name.startswith("layers."):
         return stage.layers if name.startswith("layers.0.") else 0
     if name.startswith(("final_norm.", "output.")):

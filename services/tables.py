@@ -5,8 +5,6 @@ from typing import Any
 
 from rich.table import Table
 
-from launcher.tracking_records import variant_key
-
 Row = Mapping[str, Any]
 
 
@@ -57,7 +55,7 @@ def frontier_table(result: Row, everything: bool = False) -> Table:
     table = _table("variant", "size", metric, "bits/parameter", "sparsity", "frontier")
     for row in rows:
         table.add_row(
-            variant_key(row),
+            row["name"],
             sized(row["bytes"]),
             f"{row['quality']['value']:.2f}",
             _number(row.get("bits_per_parameter"), ".2f"),

@@ -92,7 +92,13 @@ def heartbeat(journal: Journal, candidate: str, step: int) -> None:
 
 def variant(journal: Journal, candidate: str, name: str, loss: float, size: int) -> None:
     metrics = {"validation_loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 3}
-    fields = {"candidate": candidate, "name": name, "bytes": size, "sparsity": 0.5, "bits_per_parameter": 8.0}
+    fields = {
+        "candidate": candidate,
+        "name": f"{candidate}/{name}",
+        "bytes": size,
+        "sparsity": 0.5,
+        "bits_per_parameter": 8.0,
+    }
     quality = {"metric": "perplexity", "value": math.exp(loss), "higher_is_better": False}
     recipe = {"prune": {"method": "magnitude", "sparsity": 0.5}, "quantize": None, "embedding_bits": 16}
     journal.append("variant", {**fields, "metrics": metrics, "quality": quality, "recipe": recipe})
@@ -325,7 +331,7 @@ def test_perplexity_of_a_hopeless_loss_is_infinite() -> None:
 def test_summary_lists_the_frontier_by_size() -> None:
     quality = {"metric": "perplexity", "value": 7.0, "higher_is_better": False}
     variants = [
-        {"candidate": "c", "name": name, "bytes": size, "quality": quality, "on_frontier": on_frontier}
+        {"candidate": "c", "name": f"c/{name}", "bytes": size, "quality": quality, "on_frontier": on_frontier}
         for name, size, on_frontier in (("big", 900, True), ("lost", 500, False), ("tiny", 100, True))
     ]
     text = summary("job", "succeeded", {"candidates": [], "variants": variants})

@@ -33,7 +33,7 @@ def result() -> dict[str, Any]:
         ],
         "variants": [
             {
-                "name": name,
+                "name": f"c/{name}",
                 "candidate": "c",
                 "bytes": size,
                 "quality": {"metric": "perplexity", "value": value, "higher_is_better": False},

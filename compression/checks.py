@@ -1,0 +1,36 @@
+"""Whether a grid of recipes fits a model. Torch-free: specs are checked with it before anything starts."""
+
+from collections.abc import Iterable, Mapping
+
+from compression.recipe import Recipe
+from parallelism.models.base import ModelConfig
+
+
+def check_recipes(config: ModelConfig, recipes: Iterable[Recipe]) -> None:
+    """Raise ``ValueError`` where a recipe cannot be applied to the model's linear layers."""
+    shapes = {
+        name: (shape[0], shape[1])
+        for name, shape in config.parameter_shapes().items()
+        if name.startswith("layers.") and len(shape) == 2
+    }
+    for recipe in recipes:
+        check_shapes(recipe, shapes)
+
+
+def check_shapes(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ``ValueError`` where the recipe's groups do not divide the columns of a matrix (name → (out, in))."""
+    group = recipe.quantize.group_size if recipe.quantize else None
+    for name, (_, columns) in shapes.items():
+        if group and columns % group:
+            raise ValueError(
+                f"quantize.group_size {group} does not divide the {columns} columns of {name}: use a divisor of"
+                f" {columns}, or leave group_size out for one scale per output channel"
+            )
+
+
+def check_names(recipes: Iterable[Recipe]) -> None:
+    """Raise ``ValueError`` where two recipes of a grid would write the same files."""
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the grid holds {', '.join(twice)} twice: name every method and strength once")

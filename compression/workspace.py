@@ -1,0 +1,111 @@
+"""What compression of one candidate writes, and where. Torch-free.
+
+    DIR/layers/00003/RECIPE.HASH.safetensors   one recipe's share of layer 3
+    DIR/layers/00003/manifest.json             written last: the layer is committed
+    DIR/layers/outer/…                         the same for everything outside the layers
+    DIR/variants/RECIPE.safetensors            a whole variant's compact file
+
+Everything is written under a unique name and then renamed. HASH is of the inputs, so that a late writer of other
+inputs cannot overwrite a committed file, and one of the same inputs writes the same bytes.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from hashlib import sha256
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from compression.recipe import Recipe
+from compression.results import LayerResult
+from parallelism.checkpoint_store import MANIFEST as CHECKPOINT_MANIFEST
+
+MANIFEST = "manifest.json"
+CODE_VERSION = 1
+"""Raised when the same inputs come to give other files: committed layers of older code are then made anew."""
+
+
+class Workspace:
+    """The paths and commits below one candidate's compression directory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def layer(self, index: int | None) -> Path:
+        """The folder of one layer, or (None) of everything outside the layers."""
+        return self.directory / "layers" / ("outer" if index is None else f"{index:05d}")
+
+    def variant(self, recipe: Recipe) -> Path:
+        """A whole variant's compact file."""
+        return self.directory / "variants" / f"{recipe.name}.safetensors"
+
+    def committed(self, index: int | None, inputs: str | None = None) -> LayerResult | None:
+        """What was committed for this layer, if its files are whole and (where given) it was made of ``inputs``."""
+        folder = self.layer(index)
+        try:
+            result = LayerResult.model_validate_json((folder / MANIFEST).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        if inputs is not None and result.inputs != inputs:
+            return None
+        sizes = {part.file: part.bytes for part in result.parts}
+        whole = all(_size(folder / name) == size for name, size in sizes.items())
+        return result if whole else None
+
+    def require(self, index: int | None) -> LayerResult:
+        """What was committed for this layer. Raises ``ValueError`` where nothing was."""
+        result = self.committed(index)
+        if result is None:
+            what = "what stands outside the layers" if index is None else f"layer {index}"
+            raise ValueError(f"{self.directory}: {what} has not been compressed, or its files are damaged: compress it")
+        return result
+
+    def commit(self, result: LayerResult) -> None:
+        """Declare a layer done; its files must be there. What other inputs left in its folder is removed."""
+        folder = self.layer(result.layer)
+        write_text(folder / MANIFEST, result.model_dump_json(indent=1))
+        current = {part.file for part in result.parts}
+        for path in folder.glob("*.safetensors"):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
+
+    def remove_layers(self) -> None:
+        """Delete the layers' files; the assembled variants stay."""
+        shutil.rmtree(self.directory / "layers", ignore_errors=True)
+
+
+def inputs_hash(checkpoint: str | Path, recipes: list[Recipe]) -> str:
+    """Hash of all that a layer's files are made of. Raises ``ValueError`` where there is no complete checkpoint."""
+    try:
+        manifest = (Path(checkpoint) / CHECKPOINT_MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{checkpoint} is no complete checkpoint (no {CHECKPOINT_MANIFEST}): name another") from None
+    facts = {
+        "code": CODE_VERSION,
+        "checkpoint": sha256(manifest).hexdigest(),
+        "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
+    }
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a unique name, then rename it: readers see the whole file or none. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,170 @@
+"""Family ``gpt`` in torch alone, one layer at a time: protocol :class:`parallelism.models.base.PlainFamily`.
+
+Shapes: B sequences, S positions, D hidden, H heads, G key/value heads, C channels per head, F feed-forward width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
+
+from parallelism.models.base import Observer
+from parallelism.models.gpt.config import GPTConfig
+
+Weights = Mapping[str, Tensor]
+
+
+def split_layer(config: GPTConfig, stored: Weights) -> dict[str, Tensor]:
+    """One layer as megatron-core stores it → canonical names; q, k, v and gate, up apart.
+
+    ``linear_qkv`` [(H + 2G)·C, D] is interleaved per query group: the group's queries, its key, its value. The first
+    matrix of a gated feed-forward [2F, D] holds all gate rows, then all up rows. Raises ``ValueError`` where
+    tensors are missing or of another shape.
+    """
+    weights = _norm(stored, "self_attention.linear_qkv.layer_norm", "attention.norm")
+    weights |= _norm(stored, "mlp.linear_fc1.layer_norm", "mlp.norm")
+    for part in ("weight", "bias") if config.bias else ("weight",):
+        qkv = split_qkv(config, _get(stored, f"self_attention.linear_qkv.{part}"))
+        weights |= {f"attention.{name}.{part}": tensor for name, tensor in zip("qkv", qkv, strict=True)}
+        weights[f"attention.o.{part}"] = _get(stored, f"self_attention.linear_proj.{part}")
+        first = _get(stored, f"mlp.linear_fc1.{part}")
+        if config.gated:
+            gate, first = first.chunk(2)
+            weights[f"mlp.gate.{part}"] = gate.contiguous()
+        weights[f"mlp.up.{part}"] = first.contiguous()
+        weights[f"mlp.down.{part}"] = _get(stored, f"mlp.linear_fc2.{part}")
+    _check_shapes(weights, config.layer_shapes())
+    return weights
+
+
+def split_qkv(config: GPTConfig, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Interleaved [(H + 2G)·C, ...] → queries [H·C, ...], keys [G·C, ...], values [G·C, ...]."""
+    groups, per_group = config.query_groups, config.heads // config.query_groups
+    rows = tensor.shape[0]
+    if rows != groups * (per_group + 2) * config.channels:
+        raise ValueError(f"self_attention.linear_qkv has {rows} rows, which does not fit {config!r}")
+    grouped = tensor.unflatten(0, (groups, (per_group + 2), config.channels))
+    query, key, value = grouped.split((per_group, 1, 1), dim=1)
+    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+
+def split_outer(config: GPTConfig, stored: Weights) -> dict[str, Tensor]:
+    """What megatron-core stores outside the layers → canonical names; the padding of the vocabulary is cut."""
+    weights = {"embedding.tokens": _get(stored, "embedding.word_embeddings.weight")[: config.vocab_size]}
+    if config.style == "gpt2":
+        weights["embedding.positions"] = _get(stored, "embedding.position_embeddings.weight")
+    weights |= {f"final_norm.{part}": _get(stored, f"decoder.final_layernorm.{part}") for part in _norm_parts(config)}
+    if not config.tied_embeddings:
+        weights["output.weight"] = _get(stored, "output_layer.weight")[: config.vocab_size]
+    _check_shapes(weights, outer_shapes(config))
+    return weights
+
+
+def outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names of everything outside the layers → shape, the vocabulary unpadded."""
+    shapes = {name: shape for name, shape in config.parameter_shapes().items() if not name.startswith("layers.")}
+    for name in {"embedding.tokens", "output.weight"} & shapes.keys():
+        shapes[name] = (config.vocab_size, config.hidden)
+    return shapes
+
+
+def embed(config: GPTConfig, outer: Weights, tokens: Tensor) -> Tensor:
+    """Token ids [B, S] → hidden states [B, S, D]. Raises ``ValueError`` beyond the model's context."""
+    length = tokens.shape[-1]
+    if length > config.context:
+        raise ValueError(f"sequence_length {length} is beyond the model's context of {config.context}: shorten it")
+    hidden = outer["embedding.tokens"][tokens]
+    return hidden + outer["embedding.positions"][:length] if config.style == "gpt2" else hidden
+
+
+def layer(config: GPTConfig, weights: Weights, hidden: Tensor, observe: Observer | None = None) -> Tensor:
+    """Pre-norm residual block: [B, S, D] → [B, S, D]; ``observe`` sees the input [B, S, in] of every linear.
+
+    Inputs that several linears share (q, k, v; gate, up) are the same tensor object.
+    """
+    see = observe or _ignore
+    hidden = hidden + _attention(config, weights, _normed(config, weights, "attention.norm", hidden), see)
+    return hidden + _feed_forward(config, weights, _normed(config, weights, "mlp.norm", hidden), see)
+
+
+def logits(config: GPTConfig, outer: Weights, hidden: Tensor) -> Tensor:
+    """Final norm and output layer: [B, S, D] → [B, S, vocab_size]."""
+    output = outer["embedding.tokens" if config.tied_embeddings else "output.weight"]
+    return linear(_normed(config, outer, "final_norm", hidden), output)
+
+
+def rotate(states: Tensor, base: float) -> Tensor:
+    """Rotary positions (Su et al. 2021, eq. 34) on [B, heads, S, C], the two halves of a head's channels paired.
+
+    Megatron-core's default (``rotary_interleaved=False``) and Hugging Face's ``rotate_half``. Angles in float32.
+    """
+    length, channels = states.shape[-2:]
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=states.device) / channels
+    positions = torch.arange(length, dtype=torch.float32, device=states.device)
+    angles = torch.outer(positions, 1.0 / base**exponents).repeat(1, 2)
+    first, second = states.chunk(2, dim=-1)
+    return states * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+def _attention(config: GPTConfig, weights: Weights, inputs: Tensor, see: Observer) -> Tensor:
+    query, key, value = (
+        _linear(weights, f"attention.{name}", inputs, see).unflatten(-1, (-1, config.channels)).transpose(1, 2)
+        for name in "qkv"
+    )
+    if config.style == "llama":
+        query, key = rotate(query, config.rope_base), rotate(key, config.rope_base)
+    grouped = config.query_groups != config.heads
+    context = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return _linear(weights, "attention.o", context.transpose(1, 2).flatten(2), see)
+
+
+def _feed_forward(config: GPTConfig, weights: Weights, inputs: Tensor, see: Observer) -> Tensor:
+    """SwiGLU (Shazeer 2020, eq. 6) or GELU in its exact (erf) form, which is what training uses."""
+    if config.gated:
+        middle = silu(_linear(weights, "mlp.gate", inputs, see)) * _linear(weights, "mlp.up", inputs, see)
+    else:
+        middle = gelu(_linear(weights, "mlp.up", inputs, see))
+    return _linear(weights, "mlp.down", middle, see)
+
+
+def _linear(weights: Weights, name: str, inputs: Tensor, see: Observer) -> Tensor:
+    see(name, inputs)
+    return linear(inputs, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def _normed(config: GPTConfig, weights: Weights, name: str, hidden: Tensor) -> Tensor:
+    weight = weights[f"{name}.weight"]
+    if config.style == "llama":
+        return rms_norm(hidden, weight.shape, weight, config.norm_epsilon)
+    return layer_norm(hidden, weight.shape, weight, weights[f"{name}.bias"], config.norm_epsilon)
+
+
+def _norm(stored: Weights, prefix: str, name: str) -> dict[str, Tensor]:
+    """A norm that megatron-core stores with the linear layer behind it."""
+    return {f"{name}.{part}": stored[f"{prefix}_{part}"] for part in ("weight", "bias") if f"{prefix}_{part}" in stored}
+
+
+def _norm_parts(config: GPTConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if config.style == "gpt2" else ("weight",)
+
+
+def _get(stored: Weights, name: str) -> Tensor:
+    if name not in stored:
+        raise ValueError(f"{name} is missing from the checkpoint: it holds {', '.join(sorted(stored)) or 'nothing'}")
+    return stored[name]
+
+
+def _check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{name} has shape {found.get(name)} in the checkpoint, {expected.get(name)} in its manifest: they do not"
+            " belong together, use another checkpoint"
+        )
+
+
+def _ignore(name: str, inputs: Tensor) -> None:
+    """The observer of a pass that nobody watches."""

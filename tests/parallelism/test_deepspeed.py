@@ -1,0 +1,174 @@
+"""Engine deepspeed against the megatron engine on one rank, and its checkpoints."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallelism.engines import limits
+from parallelism.layout import Layout
+from parallelism.training import TrainingConfig, TrainTask
+from tests.parallelism.small_gpt import make_engine, micro_batches, small_task, train
+from tests.ranks import run_ranks
+
+STEPS = 20
+FIRST_STEP, LAST_STEP, NORM = 5e-6, 5e-5, 5e-5
+"""Largest differences of losses and gradient norms from one process."""
+
+UNEVEN = {"style": "gpt2", "hidden": 35, "heads": 5, "kv_heads": 5, "ffn_hidden": 45}
+"""Sizes of parameters that two data ranks cannot share evenly."""
+
+
+def deepspeed_task(training: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **layout: Any) -> TrainTask:
+    return small_task(layout={"engine": "deepspeed", **layout}, training=training, model=model)
+
+
+def train_all(tasks: list[TrainTask]) -> list[tuple[list[float], list[float], float]]:
+    """Losses, norms and a validation loss of every task, one after the other in the same processes."""
+    results = []
+    for task in tasks:
+        engine = make_engine(task)
+        losses, norms = train(engine, task, 0, STEPS)
+        results.append((losses, norms, engine.evaluate(micro_batches(task, engine.data_rank, STEPS))))
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process() -> tuple[list[float], list[float], float]:
+    ((result,),) = run_ranks(train_all, 1, [small_task()])
+    return result
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [{"data": 2, "zero_stage": stage} for stage in (0, 1, 2, 3)],
+        [{"tensor": 2, "zero_stage": stage} for stage in (1, 3)],
+        [{"data": 2, "zero_stage": stage, "offload": "cpu"} for stage in (1, 2, 3)],
+        [{"tensor": 2, "sequence_parallel": True, "zero_stage": 2}],
+    ],
+    ids=["data", "tensor", "offload", "sequence"],
+)
+def test_losses_and_norms_equal_those_of_one_process(one_process: Any, layouts: list[dict[str, Any]]) -> None:
+    losses, norms, validation = one_process
+    assert sum(norm > 1.0 for norm in norms) > STEPS // 2, "clipping must be at work"
+    assert losses[-1] < losses[0] - 0.5
+    ranks = run_ranks(train_all, 2, [deepspeed_task(**layout) for layout in layouts])
+    assert ranks[0] == ranks[1], "all ranks report the same numbers"
+    for found_losses, found_norms, found_validation in ranks[0]:
+        assert found_losses[0] == pytest.approx(losses[0], abs=FIRST_STEP)
+        assert found_losses == pytest.approx(losses, abs=LAST_STEP)
+        assert found_norms == pytest.approx(norms, abs=NORM)
+        assert found_validation == pytest.approx(validation, abs=LAST_STEP)
+
+
+def test_recomputation_changes_nothing(one_process: Any) -> None:
+    ranks = run_ranks(train_all, 2, [deepspeed_task({"recompute": True}, zero_stage=3, data=2)])
+    assert ranks[0][0][0] == pytest.approx(one_process[0], abs=LAST_STEP)
+
+
+def digest(engine: Any) -> str:
+    """A fingerprint of everything this rank holds: weights, masters, moments."""
+    import torch
+
+    total = hashlib.sha256()
+    for piece in sorted(engine.sharded_state(), key=lambda piece: (piece.key, piece.global_offset)):
+        total.update(f"{piece.key}{piece.global_offset}{tuple(piece.data.shape)}".encode())
+        total.update(piece.data.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def stop_and_resume(tasks: list[TrainTask], directory: Path) -> list[dict[str, Any]]:
+    """Three steps, checkpoint, three steps; then the same from the checkpoint in an engine with another seed."""
+    from parallelism import checkpoint
+    from parallelism.budget import Progress
+
+    results = []
+    for index, task in enumerate(tasks):
+        engine = make_engine(task)
+        train(engine, task, 0, 3)
+        checkpoint.save(engine, Progress(step=3), directory / str(index))
+        expected = train(engine, task, 3, 6)
+        weights = digest(engine)
+        engine = make_engine(task.model_copy(update={"seed": task.seed + 1}))
+        progress = checkpoint.load(engine, directory / str(index))
+        found = train(engine, task, progress.step, 6)
+        results.append({"expected": expected, "found": found, "same_state": digest(engine) == weights})
+    return results
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        (UNEVEN, [{"data": 2, "zero_stage": stage} for stage in (0, 1, 2, 3)]),
+        ({}, [{"tensor": 2, "zero_stage": stage} for stage in (1, 3)]),
+        (UNEVEN, [{"data": 2, "zero_stage": stage, "offload": "cpu"} for stage in (2, 3)]),
+    ],
+    ids=["data", "tensor", "offload"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
+    model: dict[str, Any], layouts: list[dict[str, Any]], precision: str, tmp_path: Path
+) -> None:
+    model = {**model, "dropout": 0.1}
+    layouts = [layout for layout in layouts if precision == "fp32" or layout["zero_stage"]]
+    tasks = [deepspeed_task({"precision": precision}, model, **layout) for layout in layouts]
+    for results in run_ranks(stop_and_resume, 2, tasks, tmp_path):
+        for result in results:
+            assert result["found"] == result["expected"]
+            assert result["same_state"]
+
+
+def save_after(task: TrainTask, step: int, end: int, directory: Path) -> list[float]:
+    """Losses of all steps until ``end``, with a checkpoint at ``step``."""
+    from parallelism import checkpoint
+    from parallelism.budget import Progress
+
+    engine = make_engine(task)
+    losses, _ = train(engine, task, 0, step)
+    checkpoint.save(engine, Progress(step=step), directory)
+    return losses + train(engine, task, step, end)[0]
+
+
+def continue_from(tasks: list[TrainTask], directory: Path, end: int) -> list[list[float]]:
+    """Losses of the steps after the checkpoint, by engine."""
+    from parallelism import checkpoint
+
+    results = []
+    for task in tasks:
+        engine = make_engine(task)
+        results.append(train(engine, task, checkpoint.load(engine, directory).step, end)[0])
+    return results
+
+
+def test_deepspeed_continues_what_megatron_began(tmp_path: Path) -> None:
+    losses, _ = run_ranks(save_after, 2, small_task(layout={"tensor": 2}), 4, 8, tmp_path / "checkpoint")
+    stages = [deepspeed_task(zero_stage=stage, data=2) for stage in (1, 3)]
+    for result in run_ranks(continue_from, 2, stages, tmp_path / "checkpoint", 8)[0]:
+        assert result == pytest.approx(losses[4:], abs=1e-5)
+
+
+def test_other_engines_and_stages_continue_what_deepspeed_began(tmp_path: Path) -> None:
+    task = deepspeed_task(model=UNEVEN, zero_stage=3, data=2)
+    losses, _ = run_ranks(save_after, 2, task, 4, 8, tmp_path / "checkpoint")
+    one = [small_task(model=UNEVEN), deepspeed_task(model=UNEVEN, zero_stage=1)]
+    two = [small_task(model=UNEVEN, layout={"data": 2}), deepspeed_task(model=UNEVEN, zero_stage=2, data=2)]
+    for tasks, world_size in ((one, 1), (two, 2)):
+        for result in run_ranks(continue_from, world_size, tasks, tmp_path / "checkpoint", 8)[0]:
+            assert result == pytest.approx(losses[4:], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "training", "message"),
+    [
+        ({"offload": "cpu"}, {}, r"layout\.offload cpu.*zero_stage: 1"),
+        ({"offload": "nvme", "offload_dir": "x", "zero_stage": 3}, {}, r"layout\.offload nvme"),
+        ({}, {"precision": "bf16"}, r"layout\.zero_stage 0.*zero_stage: 1"),
+        ({"data": 3, "zero_stage": 1}, {"micro_batch": 4}, r"training\.global_batch 8.*global_batch: 12"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(layout: dict[str, Any], training: dict[str, Any], message: str) -> None:
+    base = {"global_batch": 8, "micro_batch": 2, "precision": "fp32"}
+    with pytest.raises(ValueError, match=message):
+        limits.check(Layout(engine="deepspeed", **layout), TrainingConfig(**(base | training)))
