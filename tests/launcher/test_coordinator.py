@@ -1,4 +1,4 @@
-"""Whole jobs on the local back-end with a toy trainer: faults, requests, zombies. What counts is the final "weights"."""
+"""Whole jobs on the local back-end with a toy trainer: faults, requests, zombies; what counts is the final weights."""
 
 import os
 import signal
@@ -206,7 +206,7 @@ def test_cancelling_is_final_also_by_force(tmp_path: Path, start: Callable[[Home
 def test_a_stopped_coordinator_that_wakes_up_after_its_successor_is_ignored(
     tmp_path: Path, start: Callable[[Home, Journal], _Running]
 ) -> None:
-    home, journal = _job(tmp_path, 150)
+    _, journal = _job(tmp_path, 150)
     backend = LocalBackend(TOY)
     zombie = backend.submit(journal)
     _until(lambda: journal.view().candidate("a").latest.get("step", 0) >= 25)
@@ -233,7 +233,7 @@ def test_a_stopped_coordinator_that_wakes_up_after_its_successor_is_ignored(
 
 
 def test_a_coordinator_does_not_outlive_its_keeper(tmp_path: Path, start: Callable[[Home, Journal], _Running]) -> None:
-    home, journal = _job(tmp_path, 5000)
+    _, journal = _job(tmp_path, 5000)
     code = (
         "import sys; from pathlib import Path\n"
         "from launcher.backends.local import LocalBackend\n"
