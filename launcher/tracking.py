@@ -487,7 +487,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _acquire(lock: IO[str], leaving: Leaving) -> bool:
     """Be the only feeder of the job; one that is about to leave is waited for."""
-    for _ in range(50):
+    for _ in range(25):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

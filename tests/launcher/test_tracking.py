@@ -1,8 +1,10 @@
 """The MLflow feeder against a real server that is killed in the middle, and against a SQLite store."""
 
+import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +29,12 @@ from launcher.tracking import (
     EXPERIMENT,
     RUN_TAG,
     Cursor,
+    Feeder,
     FeederProcess,
+    Leaving,
+    TrackedJob,
     default_uri,
+    follow,
 )
 from launcher.tracking_records import JOB, Translation, flatten, perplexity, summary
 
@@ -120,15 +126,43 @@ def history(uri: str, run: Run, metric: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in sorted(points, key=lambda point: (point.timestamp, point.step))]
 
 
-def feed_once(journal: Journal, uri: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once", *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(autouse=True)
+def _quick_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the feeder's own process: a dead server is noticed at once."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs; making one takes seconds, copying it nothing."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(journal: Journal, empty_store: Path) -> str:
+    """The store of the journal's home."""
+    home = journal.directory.parents[1]
+    (home / "mlflow").mkdir()
+    shutil.copyfile(empty_store, home / "mlflow" / "mlflow.db")
+    return default_uri(home)
+
+
+def feed_once(journal: Journal, uri: str, patience_seconds: float = 20.0) -> int:
+    """What ``--once`` does, in this process."""
+    journal.tracking_dir.mkdir(exist_ok=True)
+    leaving = Leaving()
+    leaving.ask()
+    feeder = Feeder(TrackedJob(journal), MlflowClient(uri), journal.tracking_dir, uri)
+    return follow(feeder, leaving, poll_seconds=0.1, patience_seconds=patience_seconds)
 
 
 class Server:
     """A real MLflow server that can be killed and started again on the same port and store."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, empty_store: Path) -> None:
+        shutil.copyfile(empty_store, directory / "server.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -162,8 +196,8 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
+def server(tmp_path: Path, empty_store: Path) -> Iterator[Server]:
+    server = Server(tmp_path, empty_store)
     server.start()
     yield server
     server.kill()
@@ -220,24 +254,22 @@ def test_server_killed_in_the_middle_loses_and_doubles_nothing(journal: Journal,
 
     # Feeding the finished job again changes nothing.
     before = {key: (run.data.metrics, run.data.tags) for key, run in found.items()}
-    assert feed_once(journal, server.uri).returncode == EXIT_DONE
+    assert feed_once(journal, server.uri) == EXIT_DONE
     assert {key: (run.data.metrics, run.data.tags) for key, run in runs(server.uri).items()} == before
 
 
 @pytest.mark.timeout(120)
-def test_feeding_without_the_cursor_doubles_nothing_and_artifacts_are_there(journal: Journal) -> None:
+def test_feeding_without_the_cursor_doubles_nothing_and_artifacts_are_there(journal: Journal, uri: str) -> None:
     train(journal, "small", 1, 120)
     variant(journal, "small", "dense", 2.0, 4000)
     heartbeat(journal, "small", 120)
     journal.set_state(JobState.FAILED, error="the disk is full")
     journal.report_dir.mkdir(parents=True)
     (journal.report_dir / "frontier.png").write_bytes(b"\x89PNG")
-    home = journal.directory.parents[1]
-    uri = default_uri(home)
 
-    assert feed_once(journal, uri).returncode == EXIT_DONE
+    assert feed_once(journal, uri) == EXIT_DONE
     (journal.tracking_dir / "cursor.json").unlink()
-    assert feed_once(journal, uri).returncode == EXIT_DONE
+    assert feed_once(journal, uri) == EXIT_DONE
 
     found = runs(uri)
     assert history(uri, found["small"], "train_loss") == [(step, 8.0 / step) for step in range(1, 121)]
@@ -250,53 +282,68 @@ def test_feeding_without_the_cursor_doubles_nothing_and_artifacts_are_there(jour
 
     names = {item.path for item in MlflowClient(uri).list_artifacts(found[JOB].info.run_id)}
     assert names == {"spec.yaml", "result.json", "frontier.png"}
-    local = home / "mlflow" / "artifacts" / found[JOB].info.run_id / "artifacts"
+    local = journal.directory.parents[1] / "mlflow" / "artifacts" / found[JOB].info.run_id / "artifacts"
     assert json.loads((local / "result.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.timeout(120)
-def test_paused_job_is_scheduled_and_its_continuation_runs_on(journal: Journal) -> None:
-    uri = default_uri(journal.directory.parents[1])
+def test_paused_job_is_scheduled_and_its_continuation_runs_on(journal: Journal, uri: str) -> None:
     train(journal, "small", 1, 10)
     journal.set_state(JobState.PAUSING)
     journal.set_state(JobState.PAUSED)
-    assert feed_once(journal, uri).returncode == EXIT_DONE
+    assert feed_once(journal, uri) == EXIT_DONE
     assert {run.info.status for run in runs(uri).values()} == {"SCHEDULED"}
 
     journal.claim_epoch()
     journal.set_state(JobState.STARTING)
     journal.set_state(JobState.RUNNING)
     train(journal, "small", 6, 20)
-    assert feed_once(journal, uri).returncode == EXIT_DONE
+    assert feed_once(journal, uri) == EXIT_DONE
     found = runs(uri)
     assert found[JOB].info.status == "RUNNING"
     assert [step for step, _ in history(uri, found["small"], "train_loss")] == list(range(1, 21))
 
     journal.set_state(JobState.CANCELLING)
     journal.set_state(JobState.CANCELLED)
-    assert feed_once(journal, uri).returncode == EXIT_DONE
+    assert feed_once(journal, uri) == EXIT_DONE
     assert {run.info.status for run in runs(uri).values()} == {"KILLED"}
 
 
-def test_dead_server_ends_the_feeder_within_its_patience(journal: Journal) -> None:
+def test_dead_server_ends_the_feeder_within_its_patience(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     started = time.monotonic()
-    ended = feed_once(journal, uri, "--patience", "2")
-    assert ended.returncode == EXIT_UNREACHABLE
-    assert time.monotonic() - started < 40
-    assert f"espalier track {journal.job_id}" in ended.stderr
+    assert feed_once(journal, uri, patience_seconds=2.0) == EXIT_UNREACHABLE
+    assert 2.0 < time.monotonic() - started < 20
+    assert f"espalier track {journal.job_id}" in capsys.readouterr().err
     assert Cursor.load(journal.tracking_dir, uri).after == 0
 
 
-def test_second_feeder_of_a_job_leaves(journal: Journal) -> None:
-    feeder = FeederProcess(journal, journal.directory.parents[1])
-    try:
-        wait_for(lambda: (journal.tracking_dir / "cursor.json").exists())
-        assert feed_once(journal, default_uri(journal.directory.parents[1])).returncode == EXIT_BUSY
-    finally:
-        assert feeder.close() == EXIT_DONE
+def test_second_feeder_of_a_job_leaves(journal: Journal, uri: str) -> None:
+    journal.tracking_dir.mkdir()
+    with open(journal.tracking_dir / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == EXIT_BUSY
+    assert "another feeder" in ended.stderr
+
+
+def test_deleted_runs_are_fed_again_from_the_beginning(journal: Journal, uri: str) -> None:
+    train(journal, "small", 1, 10)
+    assert feed_once(journal, uri) == EXIT_DONE
+    first = runs(uri)
+    client = MlflowClient(uri)
+    for run in first.values():
+        client.delete_run(run.info.run_id)
+    train(journal, "small", 11, 20)
+    assert feed_once(journal, uri) == EXIT_DONE
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    again = {run.data.tags[RUN_TAG]: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(again) == {JOB, "small"}
+    assert [step for step, _ in history(uri, again["small"], "train_loss")] == list(range(1, 21))
 
 
 def test_repeated_steps_are_left_out_and_a_diverged_loss_is_kept() -> None:
