@@ -21,7 +21,8 @@ HOLD_OUT_NOTHING = 0
 
 def document_key(seed: int, data: bytes) -> int:
     """The document's 64-bit key."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(16, "little")).digest(), "little")
+    hash_key = (seed % (1 << 128)).to_bytes(16, "little")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=hash_key).digest(), "little")
 
 
 class CorpusDigest:

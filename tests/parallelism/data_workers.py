@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import parallelism.data.prepare
 from parallelism.data.config import DataConfig, TokenizerConfig
 from parallelism.data.prepare import prepare
 
@@ -29,7 +30,8 @@ def prepare_and_tell(asked: DataConfig, directory: Path, results: Any) -> None:
 
 
 def print_peak_memory(path: str, directory: str) -> None:
-    """Prepare JSON lines with a tokenizer that sees little of them, and print the peak of resident bytes."""
+    """Prepare JSON lines in small batches, the tokenizer seeing little of them; print the peak of resident bytes."""
+    parallelism.data.prepare.BATCH_BYTES = 256 << 10
     tokenizer = TokenizerConfig(vocab_size=400, training_bytes=200_000)
     prepare(DataConfig(kind="jsonl", train=[path], tokenizer=tokenizer), Path(directory), 1)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
