@@ -1,0 +1,87 @@
+"""What ``auto`` stands for: learning rate, batch and precision by rule, with the source of each. Torch-free.
+
+An untuned learning rate would make a comparison of sizes worthless, so every candidate gets the rate of its size.
+"""
+
+import bisect
+import math
+from typing import Literal
+
+from parallelism.accounting import non_embedding_parameters
+from parallelism.layout import Layout
+from parallelism.models.base import ModelConfig
+from parallelism.training import TrainingConfig
+
+DeviceKind = Literal["cpu", "gpu"]
+
+LARGEST_KAPLAN = 125e6
+GPT3_RATES = (
+    (125e6, 6.0e-4),
+    (350e6, 3.0e-4),
+    (760e6, 2.5e-4),
+    (1.3e9, 2.0e-4),
+    (2.7e9, 1.6e-4),
+    (6.7e9, 1.2e-4),
+    (13e9, 1.0e-4),
+    (175e9, 0.6e-4),
+)
+"""(parameters, peak learning rate) of Brown et al. 2020, table 2.1."""
+
+FEWEST_STEPS = 100
+"""A schedule needs some steps to act: the batch is made smaller until a budget gives at least this many."""
+
+
+def learning_rate(parameters: float) -> float:
+    """Peak rate of Adam for a model of ``parameters`` (without embeddings).
+
+    Up to 125M: lr = 0.003239 - 0.0001395·ln N (Kaplan et al. 2020, equation D.1, stated for small models and not
+    valid for large ones). Above: Brown et al. 2020, table 2.1, interpolated in log-log and constant beyond its end.
+    """
+    if parameters <= LARGEST_KAPLAN:
+        return 0.003239 - 0.0001395 * math.log(parameters)
+    sizes = [size for size, _ in GPT3_RATES]
+    upper = bisect.bisect_left(sizes, parameters)
+    if upper == len(sizes):
+        return GPT3_RATES[-1][1]
+    (low, low_rate), (high, high_rate) = GPT3_RATES[upper - 1], GPT3_RATES[upper]
+    share = math.log(parameters / low) / math.log(high / low)
+    return low_rate * (high_rate / low_rate) ** share
+
+
+def global_batch(tokens: float, sequence_length: int) -> int:
+    """Sequences per step for a run of ``tokens``: a power of two.
+
+    B = 0.58·D^0.571 tokens (Li et al. 2025, "Step Law"), and never so many that the budget gives fewer than
+    :data:`FEWEST_STEPS` steps.
+    """
+    wanted = 0.58 * tokens**0.571 / sequence_length
+    most = tokens / sequence_length / FEWEST_STEPS
+    return int(2 ** max(0, math.floor(math.log2(max(1.0, min(wanted, most))))))
+
+
+def micro_batch(global_batch_size: int, data: int, most: int = 8) -> int:
+    """The largest divisor of a data rank's share of the batch that is not above ``most``."""
+    share = max(1, global_batch_size // data)
+    return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+
+
+def resolve_training(
+    training: TrainingConfig, config: ModelConfig, layout: Layout, sequence_length: int, tokens: float, kind: DeviceKind
+) -> TrainingConfig:
+    """``training`` without any ``auto``, for a run of about ``tokens`` tokens."""
+    sequences = training.global_batch
+    if sequences == "auto":
+        sequences = global_batch(tokens, sequence_length)
+        unit = layout.data * (training.micro_batch if isinstance(training.micro_batch, int) else 1)
+        sequences = max(1, sequences // unit) * unit
+    micro = training.micro_batch
+    if micro == "auto":
+        micro = sequences // layout.data if layout.engine == "lean" else micro_batch(sequences, layout.data)
+    rate = training.learning_rate
+    if rate == "auto":
+        rate = learning_rate(non_embedding_parameters(config))
+    precision = training.precision
+    if precision == "auto":
+        precision = "bf16" if kind == "gpu" else "fp32"
+    update = {"global_batch": sequences, "micro_batch": micro, "learning_rate": rate, "precision": precision}
+    return TrainingConfig.model_validate({**training.model_dump(), **update})
