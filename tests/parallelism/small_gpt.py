@@ -62,9 +62,7 @@ def micro_batches(task: TrainTask, data_rank: int, step: int) -> list[Any]:
 def train(engine: Any, task: TrainTask, begin: int, end: int, warmup: int = 4) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the steps ``begin`` to ``end``."""
     results = [
-        engine.train_step(
-            micro_batches(task, engine.data_rank, step), LEARNING_RATE * min(1.0, (step + 1) / warmup)
-        )
+        engine.train_step(micro_batches(task, engine.data_rank, step), LEARNING_RATE * min(1.0, (step + 1) / warmup))
         for step in range(begin, end)
     ]
     return [result.loss for result in results], [result.gradient_norm for result in results]

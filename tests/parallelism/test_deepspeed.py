@@ -20,7 +20,9 @@ UNEVEN = {"style": "gpt2", "hidden": 35, "heads": 5, "kv_heads": 5, "ffn_hidden"
 """Sizes of parameters that two data ranks cannot share evenly."""
 
 
-def deepspeed_task(training: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **layout: Any) -> TrainTask:
+def deepspeed_task(
+    training: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **layout: Any
+) -> TrainTask:
     return small_task(layout={"engine": "deepspeed", **layout}, training=training, model=model)
 
 
@@ -34,38 +36,38 @@ def train_all(tasks: list[TrainTask]) -> list[tuple[list[float], list[float], fl
     return results
 
 
+PARITY = {
+    **{f"zero-{stage} data": deepspeed_task(data=2, zero_stage=stage) for stage in (0, 1, 2, 3)},
+    **{f"zero-{stage} tensor": deepspeed_task(tensor=2, zero_stage=stage) for stage in (1, 3)},
+    **{f"zero-{stage} offload": deepspeed_task(data=2, zero_stage=stage, offload="cpu") for stage in (1, 2, 3)},
+    "zero-2 sequence": deepspeed_task(tensor=2, sequence_parallel=True, zero_stage=2),
+    "zero-3 recompute": deepspeed_task({"recompute": True}, data=2, zero_stage=3),
+}
+
+
 @pytest.fixture(scope="module")
 def one_process() -> tuple[list[float], list[float], float]:
     ((result,),) = run_ranks(train_all, 1, [small_task()])
     return result
 
 
-@pytest.mark.parametrize(
-    "layouts",
-    [
-        [{"data": 2, "zero_stage": stage} for stage in (0, 1, 2, 3)],
-        [{"tensor": 2, "zero_stage": stage} for stage in (1, 3)],
-        [{"data": 2, "zero_stage": stage, "offload": "cpu"} for stage in (1, 2, 3)],
-        [{"tensor": 2, "sequence_parallel": True, "zero_stage": 2}],
-    ],
-    ids=["data", "tensor", "offload", "sequence"],
-)
-def test_losses_and_norms_equal_those_of_one_process(one_process: Any, layouts: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def two_ranks() -> list[list[tuple[list[float], list[float], float]]]:
+    return run_ranks(train_all, 2, list(PARITY.values()))
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_losses_and_norms_equal_those_of_one_process(case: str, one_process: Any, two_ranks: Any) -> None:
     losses, norms, validation = one_process
     assert sum(norm > 1.0 for norm in norms) > STEPS // 2, "clipping must be at work"
     assert losses[-1] < losses[0] - 0.5
-    ranks = run_ranks(train_all, 2, [deepspeed_task(**layout) for layout in layouts])
-    assert ranks[0] == ranks[1], "all ranks report the same numbers"
-    for found_losses, found_norms, found_validation in ranks[0]:
-        assert found_losses[0] == pytest.approx(losses[0], abs=FIRST_STEP)
-        assert found_losses == pytest.approx(losses, abs=LAST_STEP)
-        assert found_norms == pytest.approx(norms, abs=NORM)
-        assert found_validation == pytest.approx(validation, abs=LAST_STEP)
-
-
-def test_recomputation_changes_nothing(one_process: Any) -> None:
-    ranks = run_ranks(train_all, 2, [deepspeed_task({"recompute": True}, zero_stage=3, data=2)])
-    assert ranks[0][0][0] == pytest.approx(one_process[0], abs=LAST_STEP)
+    first, second = (results[list(PARITY).index(case)] for results in two_ranks)
+    assert first == second, "all ranks report the same numbers"
+    found_losses, found_norms, found_validation = first
+    assert found_losses[0] == pytest.approx(losses[0], abs=FIRST_STEP)
+    assert found_losses == pytest.approx(losses, abs=LAST_STEP)
+    assert found_norms == pytest.approx(norms, abs=NORM)
+    assert found_validation == pytest.approx(validation, abs=LAST_STEP)
 
 
 def digest(engine: Any) -> str:
@@ -98,26 +100,26 @@ def stop_and_resume(tasks: list[TrainTask], directory: Path) -> list[dict[str, A
     return results
 
 
-@pytest.mark.parametrize(
-    ("model", "layouts"),
-    [
-        (UNEVEN, [{"data": 2, "zero_stage": stage} for stage in (0, 1, 2, 3)]),
-        ({}, [{"tensor": 2, "zero_stage": stage} for stage in (1, 3)]),
-        (UNEVEN, [{"data": 2, "zero_stage": stage, "offload": "cpu"} for stage in (2, 3)]),
-    ],
-    ids=["data", "tensor", "offload"],
-)
+def resumed_layouts(precision: str) -> dict[str, TrainTask]:
+    uneven, even = {**UNEVEN, "dropout": 0.1}, {"dropout": 0.1}
+    training = {"precision": precision}
+    tasks = {
+        **{f"zero-{stage} data": deepspeed_task(training, uneven, data=2, zero_stage=stage) for stage in (1, 2, 3)},
+        **{f"zero-{stage} tensor": deepspeed_task(training, even, tensor=2, zero_stage=stage) for stage in (1, 3)},
+        "zero-3 offload": deepspeed_task(training, uneven, data=2, zero_stage=3, offload="cpu"),
+    }
+    if precision == "fp32":
+        tasks["zero-0 data"] = deepspeed_task(training, uneven, data=2)
+    return tasks
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
-    model: dict[str, Any], layouts: list[dict[str, Any]], precision: str, tmp_path: Path
-) -> None:
-    model = {**model, "dropout": 0.1}
-    layouts = [layout for layout in layouts if precision == "fp32" or layout["zero_stage"]]
-    tasks = [deepspeed_task({"precision": precision}, model, **layout) for layout in layouts]
-    for results in run_ranks(stop_and_resume, 2, tasks, tmp_path):
-        for result in results:
-            assert result["found"] == result["expected"]
-            assert result["same_state"]
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(precision: str, tmp_path: Path) -> None:
+    tasks = resumed_layouts(precision)
+    for results in run_ranks(stop_and_resume, 2, list(tasks.values()), tmp_path):
+        for case, result in zip(tasks, results, strict=True):
+            assert result["found"] == result["expected"], case
+            assert result["same_state"], case
 
 
 def save_after(task: TrainTask, step: int, end: int, directory: Path) -> list[float]:
