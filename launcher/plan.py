@@ -272,8 +272,8 @@ def _nothing_fits(
         "model",
         candidate.name,
         f"{model.parameter_count():,} parameters need {_gib(needed)} for training and the cluster has "
-        f"{cluster.devices} devices of {_gib(cluster.memory_bytes_per_device)}; use about {devices} devices, a smaller model, a shorter "
-        "data.sequence_length, or training.global_batch that layout.engine: lean can take",
+        f"{cluster.devices} devices of {_gib(cluster.memory_bytes_per_device)}; use about {devices} devices, a smaller "
+        "model, a shorter data.sequence_length, or training.global_batch that layout.engine: lean can take",
     )
 
 
