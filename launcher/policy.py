@@ -29,7 +29,15 @@ UNCOUNTED = frozenset({Cause.NODE_LOST, Cause.PREEMPTED, Cause.COORDINATOR_LOST}
 HOPELESS = frozenset({Cause.DIVERGED, Cause.USER_ERROR, Cause.FAULT})
 """Ends that the next try would meet again."""
 
-FAULTS_OF_CODE = ("AssertionError", "AttributeError", "ImportError", "KeyError", "NotImplementedError", "TypeError")
+FAULTS_OF_CODE = (
+    "AssertionError",
+    "AttributeError",
+    "ImportError",
+    "KeyError",
+    "NotImplementedError",
+    "TypeError",
+    "VerificationError",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,12 @@
+"""The stages of a job in their order."""
+
+from launcher.coordinator import Stage
+from launcher.stages.compress import compress
+from launcher.stages.evaluate import evaluate
+from launcher.stages.export import export, verify
+from launcher.stages.planning import plan
+from launcher.stages.prepare import prepare
+from launcher.stages.report import report
+from launcher.stages.train import train
+
+STAGES: tuple[Stage, ...] = (prepare, plan, train, compress, evaluate, export, verify, report)
