@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from compression.recipe import Recipe
 from parallelism.models.base import ModelConfig
+from parallelism.models.gpt.config import GPTConfig
 
 
 def check_recipes(config: ModelConfig, recipes: Iterable[Recipe]) -> None:
@@ -34,3 +35,17 @@ def check_names(recipes: Iterable[Recipe]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"the grid holds {', '.join(twice)} twice: name every method and strength once")
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """Raise ``ValueError`` for a model that Hugging Face Transformers has no class for."""
+    if not isinstance(config, GPTConfig):
+        raise ValueError(f"export: models of family {config.family} cannot be exported: set export.variants to none")
+    if config.style == "gpt2" and (
+        config.query_groups != config.heads or config.heads * config.channels != config.hidden
+    ):
+        raise ValueError(
+            f"export: GPT-2 in Transformers has as many kv_heads as heads ({config.heads}) and heads of hidden / heads"
+            f" channels, not kv_heads {config.query_groups} and head_dim {config.channels}: leave kv_heads and head_dim"
+            " out, use style llama, or set export.variants to none"
+        )

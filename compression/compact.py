@@ -74,28 +74,24 @@ class CompactFile:
         return Recipe.model_validate(self.facts["recipe"])
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape of everything in the file."""
+        vectors = {name: spec.shape for name, spec in self.file.specs.items() if ":" not in name}
+        return {name: encoding.shape for name, encoding in self.encodings.items()} | vectors
+
+    @property
     def parameters(self) -> int:
-        """Weights of the dense model that the file stands for, pruned ones included."""
-        shapes = [encoding.shape for encoding in self.encodings.values()]
-        return sum(math.prod(shape) for shape in [*shapes, *(self.file.specs[name].shape for name in self._vectors)])
-
-    @property
-    def names(self) -> list[str]:
-        """Canonical names of everything in the file."""
-        return [*self.encodings, *self._vectors]
-
-    @property
-    def _vectors(self) -> list[str]:
-        return [name for name in self.file.specs if ":" not in name]
+        """Parameters of the model, pruned ones included."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Canonical name → float32 tensor of one layer, its prefix left off."""
         prefix = f"layers.{index}."
-        return {name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)}
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.shapes if name.startswith(prefix)}
 
     def outer(self) -> dict[str, Tensor]:
         """Canonical name → float32 tensor of everything outside the layers."""
-        return {name: self.tensor(name) for name in self.names if not name.startswith("layers.")}
+        return {name: self.tensor(name) for name in self.shapes if not name.startswith("layers.")}
 
     def tensor(self, name: str) -> Tensor:
         """One parameter in float32, exactly as the variant is evaluated."""

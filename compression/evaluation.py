@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from compression.results import Quality
+from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import plain_family
 from parallelism.models.base import ModelConfig
 
@@ -89,6 +90,11 @@ def tally(
         if not math.isfinite(total.loss):
             raise ValueError(f"the loss of model {place} is {total.loss}: its weights overflow in evaluation")
     return totals
+
+
+def held_out_sequences(text: TokenBatches, tokens: int) -> int:
+    """Sequences that ``tokens`` tokens of held-out text are measured on: whole ones, at least one, none twice."""
+    return min(max(1, tokens // text.sequence_length), text.samples_per_epoch)
 
 
 def _chunks(models: Sequence[Weights], rows: Rows, sequences: int, hidden_bytes: int) -> Iterable[range]:

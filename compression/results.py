@@ -96,6 +96,7 @@ class ExportResult(Options):
     directory: str
     format: str
     dtype: str
+    parameters: PositiveInt
     export_bytes: PositiveInt
     checksums: dict[str, str]
 

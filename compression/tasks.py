@@ -15,14 +15,27 @@ from torch import Tensor
 from compression import compact
 from compression.checks import check_names, check_recipes
 from compression.compact import CompactFile, CompactPart
-from compression.evaluation import tally
+from compression.evaluation import held_out_sequences, tally
+from compression.export import export
 from compression.recipe import Recipe
 from compression.results import LayerResult, MatrixFacts, Part, Quality, VariantFile
 from compression.solve import solve_layer, solve_outer
+from compression.verification import verify
 from compression.workspace import Workspace, inputs_hash
 from parallelism.checkpoint_store import read_info
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
+
+__all__ = [
+    "assemble",
+    "compress_layer",
+    "compress_outer",
+    "evaluate",
+    "evaluate_checkpoint",
+    "export",
+    "read_variant",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -145,11 +158,6 @@ def evaluate_checkpoint(
     text = TokenBatches(data_dir, "validation", sequence_length, seed)
     (total,) = tally([CheckpointWeights(checkpoint, place)], text.rows, held_out_sequences(text, tokens), device=place)
     return total.quality("checkpoint", text.prepared.bytes_per_token)
-
-
-def held_out_sequences(text: TokenBatches, tokens: int) -> int:
-    """Sequences that ``tokens`` tokens of held-out text are measured on."""
-    return min(max(1, tokens // text.sequence_length), text.samples_per_epoch)
 
 
 def default_device(wanted: str | None) -> torch.device:
