@@ -171,5 +171,5 @@ def adamw_in_chunks(
         exact_second = second.float().mul_(beta2).addcmul_(slope, slope, value=1.0 - beta2)
         first.copy_(exact_first)
         second.copy_(exact_second)
-        denominator = exact_second.div_(second_bias).sqrt_().add_(training.epsilon)
+        denominator = (exact_second / second_bias).sqrt_().add_(training.epsilon)
         part.mul_(decay).addcdiv_(exact_first, denominator, value=-step_size)
