@@ -1,7 +1,7 @@
 """The command ``espalier``. Results go to stdout, all else to stderr; with ``--json``, stdout is one document."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 import time
@@ -9,12 +9,13 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 
 from compression.recipe import grid
+from compression.report import draw
 from launcher.jobs import Home, JobError, collect_garbage, find_job, list_jobs, run_job, stop_job
 from launcher.journal import Journal, StaleEpochError
 from launcher.result import result_document
@@ -22,7 +23,7 @@ from launcher.states import FINAL, JobState
 from launcher.tracking import EXIT_DONE, default_uri
 from parallelism.presets import PRESETS, resolve_model
 from services import tables
-from services.dryrun import dry_run
+from services.dryrun import DryRunError, dry_run
 from services.foreground import run_in_foreground
 from services.progress import display_for
 from services.submission import BadSpecError, differences, make_request, read_spec, submit
@@ -33,6 +34,15 @@ DEMO = Path(__file__).parent / "demo.yaml"
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
+WIDTH_WITHOUT_TERMINAL = 160
+
+
+def _console(stream: TextIO) -> Console:
+    """Lines are never broken; tables are as wide as the terminal, and wide where there is none."""
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
+    return Console(file=stream, soft_wrap=True, highlight=False, width=width)
+
+
 app = typer.Typer(
     name="espalier",
     help="Train large, then compress: which model is best at every size, for a fixed compute budget.",
@@ -41,10 +51,12 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout = Console(soft_wrap=True, highlight=False)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stdout = _console(sys.stdout)
+stderr = _console(sys.stderr)
 
-HomeOption = Annotated[Path, typer.Option("--home", envvar="ESPALIER_HOME", help="Where all jobs and results live.")]
+HomeOption = Annotated[
+    Path, typer.Option("--home", metavar="DIR", envvar="ESPALIER_HOME", help="Where all jobs and results live.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
 JobArgument = Annotated[str, typer.Argument(help="A job's id, the beginning of one, or 'last'.")]
 JobFileArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file.")]
@@ -70,8 +82,8 @@ def options(
 @app.command()
 def demo(home: HomeOption = DEFAULT_HOME, tracking: TrackingOption = None, as_json: JsonOption = False) -> None:
     """Train, compress and compare three small models; a few minutes on two cores."""
-    request = make_request(read_spec(DEMO), Home(home), str(DEMO))
-    _work(submit(request, Home(home)), Home(home), tracking, as_json, job_file=None)
+    request = make_request(read_spec(DEMO), _home(home), str(DEMO))
+    _work(submit(request, _home(home)), _home(home), tracking, as_json, job_file=None)
 
 
 @app.command()
@@ -86,15 +98,15 @@ def run(
 ) -> None:
     """Run a job from its file to the frontier. Ctrl-C pauses it with checkpoints; --continue takes it up again."""
     if continued is not None:
-        journal = find_job(Home(home), continued)
+        journal = find_job(_home(home), continued)
         if job_file is not None:
             _refuse_another_spec(job_file, journal)
     elif job_file is not None:
-        request = make_request(read_spec(job_file), Home(home), str(job_file))
-        journal = submit(request, Home(home))
+        request = make_request(read_spec(job_file), _home(home), str(job_file))
+        journal = submit(request, _home(home))
     else:
         raise ValueError("name a job file, or a job with --continue")
-    _work(journal, Home(home), tracking, as_json, job_file)
+    _work(journal, _home(home), tracking, as_json, job_file)
 
 
 @app.command()
@@ -107,18 +119,17 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say whether and how a job fits: layout, steps, memory, disk, time and cost. Nothing is started."""
-    request = make_request(read_spec(job_file), Home(home), str(job_file))
+    request = make_request(read_spec(job_file), _home(home), str(job_file))
     document = request.plan.model_dump(mode="json")
     if dry:
-        document["dry_run"] = [dry_run(candidate, stderr) for candidate in document["candidates"]]
+        document["dry_run"] = [dry_run(candidate) for candidate in document["candidates"]]
     if as_json:
         _print_json(document)
-        return
-    stdout.print(tables.plan_table(document))
-    for line in tables.plan_notes(document):
-        stdout.print(line)
-    for built in document.get("dry_run", []):
-        stdout.print(tables.dry_run_table(built))
+    else:
+        for part in (tables.plan_table(document), "", tables.memory_table(document), "", tables.plan_line(document)):
+            stdout.print(part)
+        for built in document.get("dry_run", []):
+            stdout.print("", tables.dry_run_table(built), sep="\n")
     if not all(built["ok"] for built in document.get("dry_run", [])):
         raise typer.Exit(EXIT_FAILED)
 
@@ -126,29 +137,31 @@ def plan(
 @app.command()
 def frontier(
     job: JobArgument,
-    png: Annotated[Path | None, typer.Option(help="Copy the figure to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also the variants that others beat.")] = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
     """Show a job's frontier: the variants that no other variant beats in both quality and size."""
-    journal = find_job(Home(home), job)
+    journal = find_job(_home(home), job)
     result = result_document(journal)
-    rows = tables.frontier_rows(result, everything)
+    variants = tables.marked_variants(result)
+    if not variants:
+        raise JobError(f"job {result['job']} has no measured variants yet (state: {result['state']}): let it go on")
     if png is not None:
-        _copy_figure(journal, png)
+        draw(variants, png, title=f"{result['name']}: quality against size at the same training budget")
+        stderr.print(f"figure written to {png}")
     if as_json:
+        rows = [variant.row() for variant in variants if everything or variant.on_frontier]
         _print_json({"job": result["job"], "variants": rows})
-    elif rows:
-        stdout.print(tables.frontier_table(result, everything))
     else:
-        stderr.print(f"job {result['job']} has no measured variants yet (state: {result['state']})")
+        stdout.print(tables.frontier_table(variants, everything))
 
 
 @app.command()
 def show(job: JobArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Show one job: state, candidates, processes, results."""
-    journal = find_job(Home(home), job)
+    journal = find_job(_home(home), job)
     result = result_document(journal)
     processes = [
         {name: event.get(name) for name in ("role", "candidate", "rank", "pid", "node")}
@@ -166,7 +179,7 @@ def show(job: JobArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption 
 @app.command(name="list")
 def list_command(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """List the jobs of a home, oldest first."""
-    rows = [_job_row(journal) for journal in list_jobs(Home(home))]
+    rows = [_job_row(journal) for journal in list_jobs(_home(home))]
     if as_json:
         _print_json(rows)
     elif rows:
@@ -178,23 +191,23 @@ def list_command(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -
 @app.command()
 def pause(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
     """Ask a running job to write checkpoints and pause."""
-    _ask(find_job(Home(home), job), "pause")
+    _ask(find_job(_home(home), job), "pause")
 
 
 @app.command()
 def cancel(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
     """Ask a running job to write checkpoints and end for good."""
-    _ask(find_job(Home(home), job), "cancel")
+    _ask(find_job(_home(home), job), "cancel")
 
 
 @app.command()
 def presets(as_json: JsonOption = False) -> None:
     """List the published models that a job file may name as model: {preset: NAME}."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, preset in PRESETS.items():
         config = resolve_model({"preset": name})
         shape = {"layers": config.layers, "hidden": config.hidden, "heads": config.heads}
-        rows.append({"name": name, "parameters": config.parameter_count, **shape, "source": preset.source})
+        rows.append({"name": name, "parameters": config.parameter_count(), **shape, "source": preset.source})
     rows.sort(key=lambda row: row["parameters"])
     if as_json:
         _print_json(rows)
@@ -209,7 +222,7 @@ def ui(
 ) -> None:
     """Serve MLflow's web interface on the home's store until Ctrl-C."""
     stderr.print("starting MLflow …")
-    with mlflow_server(home.expanduser().absolute(), choose_port(port)) as address:
+    with mlflow_server(_home(home).path, choose_port(port)) as address:
         stdout.print(address)
         stderr.print("Ctrl-C ends it")
         while True:
@@ -219,8 +232,8 @@ def ui(
 @app.command()
 def track(job: JobArgument, tracking: TrackingOption = None, home: HomeOption = DEFAULT_HOME) -> None:
     """Feed MLflow with what it does not have of a job yet, from the job's journal."""
-    journal = find_job(Home(home), job)
-    uri = tracking or default_uri(home.expanduser().absolute())
+    journal = find_job(_home(home), job)
+    uri = tracking or default_uri(_home(home).path)
     command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
     ended = subprocess.run(command, check=False)
     if ended.returncode != EXIT_DONE:
@@ -236,15 +249,19 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Free disk space: intermediate files of finished jobs, and jobs that failed or were cancelled long ago."""
-    found = collect_garbage(Home(home), older_than_days=days, dry_run=dry)
-    rows = [{"job": item.job_id, "what": item.what, "path": str(item.path), "bytes": item.bytes} for item in found]
+    found = collect_garbage(_home(home), older_than_days=days, dry_run=dry)
     total = sum(item.bytes for item in found)
     if as_json:
+        rows = [{"job": one.job_id, "what": one.what, "path": str(one.path), "bytes": one.bytes} for one in found]
         _print_json({"dry_run": dry, "bytes": total, "removed": rows})
         return
-    for row in rows:
-        stdout.print(f"{row['job']}: {row['what']}, {tables.sized(row['bytes'])}")
+    for one in found:
+        stdout.print(f"{one.job_id}: {one.what}, {tables.sized(one.bytes)}")
     stdout.print(f"{tables.sized(total)} {'would be' if dry else 'were'} freed")
+
+
+def _home(path: Path) -> Home:
+    return Home(path.expanduser().absolute())
 
 
 def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job_file: Path | None) -> None:
@@ -270,11 +287,10 @@ def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job
 
 def _show_result(journal: Journal, result: dict[str, Any]) -> None:
     stdout.print(tables.candidates_table(result))
-    if tables.frontier_rows(result, everything=False):
-        stdout.print()
-        stdout.print(tables.frontier_table(result))
-        stdout.print()
-    for label, path in (("figure", _figure(journal)), ("exports", journal.exports_dir)):
+    variants = tables.marked_variants(result)
+    if variants:
+        stdout.print("", tables.frontier_table(variants), "", sep="\n")
+    for label, path in (("figure", journal.report_dir / "frontier.png"), ("exports", journal.exports_dir)):
         if path.exists():
             stdout.print(f"{label}: {path}")
     if result["mlflow_url"]:
@@ -289,7 +305,7 @@ def _say_how_it_ended(result: dict[str, Any], job_file: Path | None, home: Home)
         stderr.print(f"[red]job {result['job']} {state}:[/] {_first_lines(result['error'])}")
     if state not in FINAL:
         words = ["espalier", "run", *([str(job_file)] if job_file else []), "--continue", result["job"]]
-        if home.path != DEFAULT_HOME:
+        if home != _home(DEFAULT_HOME):
             words += ["--home", str(home.path)]
         stderr.print(f"the job is {state}; continue it with: {' '.join(words)}")
 
@@ -322,18 +338,6 @@ def _job_row(journal: Journal) -> dict[str, Any]:
     }
 
 
-def _figure(journal: Journal) -> Path:
-    return journal.report_dir / "frontier.png"
-
-
-def _copy_figure(journal: Journal, target: Path) -> None:
-    source = _figure(journal)
-    if not source.exists():
-        raise JobError(f"job {journal.job_id} has no figure yet (state: {journal.state()}): let it finish first")
-    shutil.copyfile(source, target)
-    stderr.print(f"figure written to {target}")
-
-
 def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
 
@@ -342,7 +346,7 @@ def _first_lines(text: str, count: int = 2) -> str:
     return "\n".join(text.strip().splitlines()[:count])
 
 
-def report(error: ValueError | OSError | StaleEpochError, as_json: bool) -> int:
+def report(error: Exception, as_json: bool) -> int:
     """Tell a user's error in a few lines, or as JSON; returns the exit code."""
     found = (
         [str(problem) for problem in error.problems] if isinstance(error, BadSpecError) else [_first_lines(str(error))]
@@ -378,7 +382,7 @@ def main() -> NoReturn:
         app(args=arguments)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, OSError, StaleEpochError) as error:
+    except (ValueError, OSError, StaleEpochError, DryRunError) as error:
         if debug:
             raise
         sys.exit(report(error, "--json" in arguments))

@@ -208,8 +208,9 @@ class Lines:
     def update(self, view: JobView) -> None:
         """Write what is due."""
         now = time.monotonic()
-        line = job_line(view, self._variants)
-        self._show("", line, line, now)
+        if view.active_stage or view.state is not JobState.RUNNING:  # between two stages there is nothing to tell
+            line = job_line(view, self._variants)
+            self._show("", line, line, now)
         for name in self._candidates:
             row = candidate_row(view.candidates.get(name) or CandidateView(name), self._pace, now)
             lasting = row.status not in ("training", "starting")

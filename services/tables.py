@@ -5,6 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
+from compression.report import mark_frontier
+from compression.results import Variant
+from services.progress import clock
+
 Row = Mapping[str, Any]
 
 
@@ -42,33 +46,32 @@ def layout_text(layout: Any) -> str:
 _AXES = ("tensor", "pipeline", "data")
 
 
-def frontier_rows(result: Row, everything: bool) -> list[Row]:
-    """The measured variants by size, only those on the frontier unless ``everything``."""
-    rows = [row for row in result["variants"] if everything or row.get("on_frontier")]
-    return sorted(rows, key=lambda row: row["bytes"])
+def marked_variants(result: Row) -> list[Variant]:
+    """The variants measured so far, smallest first, each told whether it is on the frontier of these."""
+    return mark_frontier([Variant.model_validate(row) for row in result["variants"]])
 
 
-def frontier_table(result: Row, everything: bool = False) -> Table:
+def frontier_table(variants: Sequence[Variant], everything: bool = False) -> Table:
     """Quality against size. On the frontier no other variant is both smaller and better."""
-    rows = frontier_rows(result, everything)
-    metric = rows[0]["quality"]["metric"] if rows else "quality"
-    table = _table("variant", "size", metric, "bits/parameter", "sparsity", "frontier")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            sized(row["bytes"]),
-            f"{row['quality']['value']:.2f}",
-            _number(row.get("bits_per_parameter"), ".2f"),
-            _number(row.get("sparsity"), ".0%"),
-            "★" if row.get("on_frontier") else "",
-            style="bold" if everything and row.get("on_frontier") else "",
-        )
+    metric = variants[0].quality.metric if variants else "quality"
+    table = _table("variant", "size", metric, "bits/param", "sparsity", "frontier")
+    for variant in variants:
+        if everything or variant.on_frontier:
+            table.add_row(
+                variant.name,
+                sized(variant.bytes),
+                f"{variant.quality.value:.2f}",
+                f"{variant.bits_per_parameter:.2f}",
+                f"{variant.sparsity:.0%}",
+                "★" if variant.on_frontier else "",
+                style="bold" if everything and variant.on_frontier else "",
+            )
     return table
 
 
 def candidates_table(result: Row) -> Table:
     """What training brought."""
-    table = _table("candidate", "parameters", "layout", "steps", "tokens", "FLOPs", "val. loss", "restarts")
+    table = _table("candidate", "params", "layout", "steps", "tokens", "FLOPs", "val. loss", "restarts")
     for row in result["candidates"]:
         table.add_row(
             row["name"],
@@ -93,8 +96,8 @@ def jobs_table(jobs: Sequence[Row]) -> Table:
 
 def presets_table(presets: Sequence[Row]) -> Table:
     """Published models that a spec may name."""
-    table = _table("preset", "parameters", "layers", "hidden", "heads", "published in", numbers=("published in",))
-    table.columns[-1].justify = "left"
+    numbers = ("parameters", "layers", "hidden", "heads")
+    table = _table("preset", *numbers, "published in", numbers=numbers)
     for preset in presets:
         table.add_row(
             preset["name"],
@@ -103,6 +106,63 @@ def presets_table(presets: Sequence[Row]) -> Table:
             str(preset["hidden"]),
             str(preset["heads"]),
             preset["source"],
+        )
+    return table
+
+
+def plan_table(plan: Row) -> Table:
+    """What each candidate is and takes."""
+    table = _table("candidate", "params", "layout", "batch (micro)", "steps", "tokens", "memory", "time", "cost")
+    for row in plan["candidates"]:
+        training = row["training"]
+        table.add_row(
+            row["name"],
+            counted(row["parameters"]),
+            layout_text(row["layout"]) + (" (chosen)" if row["layout_chosen"] else ""),
+            f"{training['global_batch']} ({training['micro_batch']})",
+            f"{row['steps']:,}",
+            counted(row["tokens"]),
+            sized(row["memory_bytes"]),
+            clock(row["seconds"]),
+            f"{row['cost']:.2f}" if row["cost"] else "",
+        )
+    return table
+
+
+def memory_table(plan: Row) -> Table:
+    """Memory per device by part, above what a process holds before it has a model."""
+    parts = [name for name in plan["candidates"][0]["memory"] if any(row["memory"][name] for row in plan["candidates"])]
+    table = _table("memory per device", *(name.replace("_", " ") for name in parts))
+    for row in plan["candidates"]:
+        table.add_row(row["name"], *(sized(row["memory"][name]) for name in parts))
+    return table
+
+
+def plan_line(plan: Row) -> str:
+    """The whole job in one line."""
+    text = f"{plan['variants']} variants; about {clock(plan['seconds'])} of training one after the other"
+    text += f"; up to {sized(plan['disk_bytes'])} of disk"
+    return text + (f"; cost {plan['cost']:.2f}" if plan["cost"] else "")
+
+
+def dry_run_table(built: Row) -> Table:
+    """Every rank's part of one candidate."""
+    title = "parts add up to the model" if built["ok"] else "PARTS DO NOT ADD UP TO THE MODEL"
+    table = _table("rank", "tensor", "pipeline", "parameters", "weights")
+    table.title = f"{built['candidate']}: {built['total']:,} of {built['expected']:,} parameters: {title}"
+    table.title_justify = "left"
+    for row in built["ranks"]:
+        place = [str(row[name]) for name in ("rank", "tensor", "pipeline")]
+        table.add_row(*place, f"{row['parameters']:,}", sized(row["bytes"]))
+    return table
+
+
+def processes_table(processes: Sequence[Row]) -> Table:
+    """Every process of a running job."""
+    table = _table("role", "candidate", "rank", "pid", "node", numbers=("rank", "pid"))
+    for row in processes:
+        table.add_row(
+            *("" if row[name] is None else str(row[name]) for name in ("role", "candidate", "rank", "pid", "node"))
         )
     return table
 

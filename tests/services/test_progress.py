@@ -104,7 +104,8 @@ def test_lines_come_at_changes_and_at_intervals(monkeypatch: pytest.MonkeyPatch)
     assert written(story.step("a", 2, 0.2)) == []
     now[0] = 20.0
     assert written(story.step("a", 3, 0.3))[0].startswith("a: training, 30% of the budget, step 3")
-    assert written(story.tell("state", state="running")) == ["running"]
+    assert written(story.tell("state", state="running")) == []
+    assert written(story.tell("stage_started", stage="compress")) == ["running · compress"]
 
 
 def test_bars_show_every_number_and_lines_serve_where_there_is_no_terminal() -> None:

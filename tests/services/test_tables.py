@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from services.tables import candidates_table, counted, frontier_table, layout_text, sized
+from services.tables import candidates_table, counted, frontier_table, layout_text, marked_variants, sized
 
 
 def text_of(table: Table) -> str:
@@ -17,7 +17,7 @@ def text_of(table: Table) -> str:
 
 
 def result() -> dict[str, Any]:
-    rows = [("big", 2_000_000, 5.0, True), ("worse", 1_500_000, 9.0, False), ("tiny", 100_000, 12.0, True)]
+    rows = [("big", 2_000_000, 5.0), ("worse", 2_500_000, 9.0), ("tiny", 100_000, 12.0)]
     return {
         "candidates": [
             {
@@ -37,11 +37,13 @@ def result() -> dict[str, Any]:
                 "candidate": "c",
                 "bytes": size,
                 "quality": {"metric": "perplexity", "value": value, "higher_is_better": False},
-                "on_frontier": on_frontier,
                 "bits_per_parameter": 8.0,
                 "sparsity": 0.5,
+                "metrics": {"perplexity": value},
+                "recipe": {"prune": {"method": "magnitude", "sparsity": 0.5}},
+                "path": f"{name}.esp",
             }
-            for name, size, value, on_frontier in rows
+            for name, size, value in rows
         ],
     }
 
@@ -67,16 +69,16 @@ def test_layout_text_names_the_engine_only_where_it_is_unusual() -> None:
 
 
 def test_frontier_table_lists_by_size_and_leaves_out_the_beaten() -> None:
-    text = text_of(frontier_table(result()))
+    text = text_of(frontier_table(marked_variants(result())))
     assert text.index("c/tiny") < text.index("c/big")
     assert "c/worse" not in text
     assert "perplexity" in text
     assert text.count("★") == 2
-    assert "c/worse" in text_of(frontier_table(result(), everything=True))
+    assert "c/worse" in text_of(frontier_table(marked_variants(result()), everything=True))
 
 
 def test_frontier_table_of_a_job_without_variants_is_empty() -> None:
-    assert frontier_table({"variants": []}).row_count == 0
+    assert frontier_table(marked_variants({"variants": []})).row_count == 0
 
 
 def test_candidates_table_has_a_row_per_candidate() -> None:

@@ -1,0 +1,34 @@
+"""Building every rank's part of a planned model without memory for its weights, in a process that may import torch."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+TIMEOUT_SECONDS = 1800
+
+
+class DryRunError(RuntimeError):
+    """The parts could not be built."""
+
+
+def dry_run(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and bytes per rank of one candidate of a plan, and whether the parts add up to the model.
+
+    Raises :class:`DryRunError` with the process's last words.
+    """
+    question = {"model": candidate["model"], "layout": candidate["layout"]}
+    ended = subprocess.run(
+        [sys.executable, "-m", "parallelism.dryrun"],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    if ended.returncode != 0:
+        last = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
+        raise DryRunError(f"candidate {candidate['name']}: {last}")
+    answer: dict[str, Any] = json.loads(ended.stdout)
+    return {"candidate": candidate["name"], **answer}

@@ -1,0 +1,91 @@
+"""Every command in the README and the docs is one that exists, and those that end quickly are run as they stand."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from launcher.spec import load_spec
+from services.cli import app
+from tests.services.conftest import ROOT, FinishedJob, espalier
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICK = {"plan", "presets", "frontier", "list", "show", "gc", "track"}
+"""Commands that end within seconds; the others (run, demo, ui, pause, cancel) are only parsed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One documented command."""
+
+    page: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def documented() -> list[Line]:
+    """Every line that starts with ``espalier`` in a fenced block of shell commands."""
+    lines = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines += [Line(page.name, line) for line in block.splitlines() if line.startswith("espalier")]
+    return lines
+
+
+LINES = documented()
+
+
+def test_there_are_documented_commands_for_everything_a_user_does() -> None:
+    assert {"run", "plan", "frontier", "show", "list", "presets", "ui", "track", "gc", "demo"} <= {
+        line.words[1] for line in LINES
+    }
+
+
+@pytest.mark.parametrize("line", LINES, ids=str)
+def test_documented_command_parses(line: Line) -> None:
+    program, name, *arguments = line.words
+    assert program == "espalier"
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.words[1] in QUICK], ids=str)
+def test_documented_command_runs(line: Line, finished: FinishedJob, tmp_path: Path) -> None:
+    words = [str(tmp_path / word) if word.endswith(".png") else word for word in line.words[1:]]
+    home = ["--home", finished.home] if words[0] != "presets" else []
+    ended = espalier(*words, *home)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout or ended.stderr
+
+
+def test_shortest_job_file_of_the_docs_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "job.yaml").write_text(block, encoding="utf-8")
+        load_spec(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_can_be_planned(path: Path, tmp_path: Path) -> None:
+    ended = espalier("plan", path, "--json", "--home", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert all(candidate["name"] in ended.stdout for candidate in spec["candidates"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
