@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.control import Control, Stopped
 from launcher.journal import Journal
+from launcher.pool import Pool
 from launcher.session import Room
 from launcher.spec import JobSpec
 from launcher.states import JobState
@@ -38,8 +39,13 @@ class JobContext:
     rank_function: str = TRAIN
     failures: dict[str, str] = field(default_factory=dict)
     """Candidate → error, of those that the later stages leave out."""
+    pool: Pool = field(init=False)
+    """Workers for everything but training, which needs their devices: :meth:`Pool.close` gives them back."""
     _next_beat: float = 0.0
     _stopping: StopReason | None = None
+
+    def __post_init__(self) -> None:
+        self.pool = Pool(self.journal, self.room, self.spec.execution.max_restarts, self.check)
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop, or None; the first time there is a reason, the job's state says so."""

@@ -77,6 +77,7 @@ def _work(job: JobContext, stages: Sequence[Stage]) -> tuple[JobState, str | Non
         job.journal.set_state(JobState.RUNNING, room=_describe(job.room))
         for stage in stages:
             stage(job)
+        job.pool.close()
     except Stopped as stopped:
         return STOPPED[stopped.reason], None
     except ValueError as error:

@@ -84,6 +84,7 @@ class CandidateRun:
         self._stop_deadline: float | None = None
         self._step = 0
         self._stepped = False
+        self._introduced = False
         self._stalled: dict[str, Any] | None = None
         self._steps: list[dict[str, Any]] = []
         self._flushed_at = 0.0
@@ -99,7 +100,7 @@ class CandidateRun:
         """Ask for the devices of the next process group."""
         assert self.phase is Phase.IDLE
         self._gangs += 1
-        self._group = self._new_group()
+        self._group, self._introduced = self._new_group(), False
         self._group.reserve()
         self.phase = Phase.RESERVING
 
@@ -211,8 +212,10 @@ class CandidateRun:
     def _poll_start(self) -> None:
         group = self._active_group
         try:
-            if group.up():
+            if not self._introduced and group.alive():
+                self._introduced = True
                 self._write_processes()
+            if group.up():
                 group.launch(self._next_task())
                 self._progress_at = time.monotonic()
                 self.phase = Phase.RUNNING

@@ -12,10 +12,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from launcher.context import POLL_SECONDS, JobContext
+from launcher.journal import Journal
 from launcher.policy import HOPELESS, UNCOUNTED, Ended
+from launcher.session import Room
 from launcher.workers import RankFacts, end_of, process_facts, send_output_to, wait_until_gone
 from parallelism.registry import load
+
+ROLE = "worker"
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,22 @@ class _Worker:
 
 
 class Pool:
-    """Workers of one stage, one per device; a context manager, at whose end all of them are gone."""
+    """Workers, at most one per device, hired when there is work and kept until :meth:`close`.
 
-    def __init__(self, job: JobContext, role: str, workers: int) -> None:
-        self._job = job
-        self._role = role
-        self._size = workers
+    ``check`` is called in every turn of the loop; what it raises ends the work.
+    """
+
+    def __init__(self, journal: Journal, room: Room, max_restarts: int, check: Callable[[], None]) -> None:
+        self._journal = journal
+        self._room = room
+        self._max_restarts = max_restarts
+        self._check = check
         self._made = 0
         self._workers: list[_Worker] = []
         self._losses: dict[str, int] = {}
 
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Give the devices back; waits until the workers are gone."""
         pids = {worker.facts.pid for worker in self._workers if worker.facts}
         for worker in list(self._workers):
             self._dismiss(worker)
@@ -87,18 +93,22 @@ class Pool:
     def run(self, tasks: Sequence[Task], done: Callable[[Task, Any], None]) -> None:
         """Run the tasks, at most one per worker at a time; ``done`` is called here, in the order in which they end.
 
-        Raises :class:`TaskFailed`, and ``launcher.control.Stopped`` when somebody asks for a stop.
+        Raises :class:`TaskFailed`, and what ``check`` raises; the workers are gone then.
         """
         waiting = list(tasks)
-        while waiting or any(worker.task for worker in self._workers):
-            self._job.check()
-            waiting += self._collect(done)
-            self._assign(waiting)
-            time.sleep(POLL_SECONDS)
+        try:
+            while waiting or any(worker.task for worker in self._workers):
+                self._check()
+                waiting += self._collect(done)
+                self._assign(waiting)
+                time.sleep(POLL_SECONDS)
+        finally:
+            if any(worker.task for worker in self._workers):
+                self.close()
 
     def _assign(self, waiting: list[Task]) -> None:
         idle = [worker for worker in self._workers if worker.task is None]
-        while waiting and (idle or len(self._workers) < self._size):
+        while waiting and (idle or len(self._workers) < self._room.devices):
             worker = idle.pop() if idle else self._hire()
             worker.task = waiting.pop(0)
             worker.call = worker.actor.run.remote(worker.task.function, worker.task.arguments)
@@ -127,17 +137,16 @@ class Pool:
         assert end.cause is not None
         if end.cause not in UNCOUNTED:
             self._losses[task.name] = self._losses.get(task.name, 0) + 1
-        if end.cause in HOPELESS or self._losses.get(task.name, 0) > self._job.spec.execution.max_restarts:
+        if end.cause in HOPELESS or self._losses.get(task.name, 0) > self._max_restarts:
             raise TaskFailed(task, end) from error
         fields = {"task": task.name, "candidate": task.candidate, "reason": end.cause.value, "message": end.message}
-        self._job.journal.append("task_restart", fields)
+        self._journal.append("task_restart", fields)
 
     def _hire(self) -> _Worker:
         number, self._made = self._made, self._made + 1
-        log = self._job.journal.log_path(f"{self._role}.e{self._job.journal.epoch:04d}.{number}")
-        room = self._job.room
+        log = self._journal.log_path(f"{ROLE}.e{self._journal.epoch:04d}-{number}")
         process: Any = ray.remote(TaskProcess).options(
-            num_cpus=room.threads, num_gpus=1 if room.gpus else 0, max_restarts=0, max_task_retries=0
+            num_cpus=self._room.threads, num_gpus=1 if self._room.gpus else 0, max_restarts=0, max_task_retries=0
         )
         actor: Any = process.remote(number, str(log))
         worker = _Worker(number, actor, log, actor.facts.remote())
@@ -151,11 +160,11 @@ class Pool:
                 worker.facts = ray.get(worker.pending_facts, timeout=10)
             except RayError:
                 return  # its first call tells how it ended
-            self._job.journal.append("process_started", {"role": self._role, "candidate": None, **asdict(worker.facts)})
+            self._journal.append("process_started", {"role": ROLE, "candidate": None, **asdict(worker.facts)})
 
     def _dismiss(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         ray.kill(worker.actor, no_restart=True)
         if worker.facts:
             where = {"rank": worker.number, "pid": worker.facts.pid, "node": worker.facts.node}
-            self._job.journal.append("process_ended", {"role": self._role, "candidate": None, **where})
+            self._journal.append("process_ended", {"role": ROLE, "candidate": None, **where})

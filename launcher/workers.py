@@ -88,6 +88,11 @@ class RankProcess:
         """Where this rank lives."""
         return process_facts(self._rank)
 
+    def warm_up(self, modules: list[str]) -> None:
+        """Import what the work will need; all ranks do so at once, before the first of them opens the rendezvous."""
+        for module in modules:
+            load(module)
+
     def host(self, timeout_seconds: float) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous on a free port and say where it is."""
         address = ray.util.get_node_ip_address()
@@ -186,6 +191,7 @@ class WorkerGroup:
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
         self._pending_facts: list[Any] = []
+        self._pending_imports: list[Any] = []
         self._pending_host: Any = None
         self._rendezvous: tuple[str, int] | None = None
         self._runs: dict[Any, int] = {}
@@ -215,16 +221,28 @@ class WorkerGroup:
             )
             self._actors.append(actor.remote(rank, str(self._log(rank))))
         self._pending_facts = [actor.facts.remote() for actor in self._actors]
+        modules = [self._function, *([CONNECT, HOST_STORE] if self._connected else [])]
+        self._pending_imports = [actor.warm_up.remote(modules) for actor in self._actors]
+
+    def alive(self) -> bool:
+        """Whether every rank has a process; :meth:`facts` says which. Raises :class:`RankEnded`."""
+        if not self._facts and self._pending_facts and _all_ready(self._pending_facts):
+            self._facts = [self._value(rank, ref) for rank, ref in enumerate(self._pending_facts)]
+        return bool(self._facts)
 
     def up(self) -> bool:
-        """Whether every rank has a process and rank 0 has opened the rendezvous. Raises :class:`RankEnded`."""
-        if not self._facts and _all_ready(self._pending_facts):
-            self._facts = [self._value(rank, ref) for rank, ref in enumerate(self._pending_facts)]
+        """Whether every rank can start to work, rank 0 having opened the rendezvous. Raises :class:`RankEnded`."""
+        if not self.alive() or not _all_ready(self._pending_imports):
+            return False
+        if self._pending_imports:
+            for rank, ref in enumerate(self._pending_imports):
+                self._value(rank, ref)
+            self._pending_imports = []
             if self._connected:
                 self._pending_host = self._actors[0].host.remote(self._timeout_seconds)
         if self._pending_host is not None and _all_ready([self._pending_host]):
             self._rendezvous, self._pending_host = self._value(0, self._pending_host), None
-        return bool(self._facts) and (self._rendezvous is not None or not self._connected)
+        return self._rendezvous is not None or not self._connected
 
     def launch(self, task: Any) -> None:
         """Have every rank connect and run the group's function on ``task``."""

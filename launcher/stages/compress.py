@@ -9,7 +9,7 @@ from compression.recipe import Recipe, grid
 from compression.results import LayerResult, VariantFile
 from launcher.context import JobContext
 from launcher.journal import StageRecord, hash_inputs
-from launcher.pool import Pool, Task
+from launcher.pool import Task
 from parallelism.checkpoint_store import read_info
 
 STAGE = "compress"
@@ -49,13 +49,13 @@ def compress(job: JobContext) -> None:
     ]
     if not open_candidates:
         return
-    with job.stage(STAGE), Pool(job, STAGE, workers=job.room.devices) as pool:
+    with job.stage(STAGE):
         started = time.monotonic()
         layers = [task for candidate in open_candidates for task in _layer_tasks(job, candidate, recipes)]
-        pool.run(layers, lambda task, result: _layer_done(job, task, result))
+        job.pool.run(layers, lambda task, result: _layer_done(job, task, result))
         files: dict[str, list[VariantFile]] = {candidate.name: [] for candidate in open_candidates}
         assembly = [task for candidate in open_candidates for task in _assembly_tasks(job, candidate, recipes)]
-        pool.run(assembly, lambda task, file: files[task.candidate or ""].append(file))
+        job.pool.run(assembly, lambda task, file: files[task.candidate or ""].append(file))
         for candidate in open_candidates:
             order = {recipe.name: index for index, recipe in enumerate(recipes)}
             rows = sorted(files[candidate.name], key=lambda file: order[file.name])

@@ -5,7 +5,7 @@ import time
 from compression.results import Quality, Variant
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Pool, Task
+from launcher.pool import Task
 from launcher.stages.compress import Trained, compressed, trained_candidates, variant_files
 
 STAGE = "evaluate"
@@ -17,7 +17,7 @@ def evaluate(job: JobContext) -> None:
     open_names = [name for name, value in inputs.items() if not job.journal.stage_done(f"{STAGE}/{name}", value)]
     if not open_names:
         return
-    with job.stage(STAGE), Pool(job, STAGE, workers=min(job.room.devices, len(open_names))) as pool:
+    with job.stage(STAGE):
         started = time.monotonic()
 
         def done(task: Task, qualities: list[Quality]) -> None:
@@ -31,7 +31,9 @@ def evaluate(job: JobContext) -> None:
             }
             job.journal.commit_stage(f"{STAGE}/{name}", inputs[name], outputs, time.monotonic() - started)
 
-        pool.run([_task(job, candidate) for candidate in trained_candidates(job) if candidate.name in open_names], done)
+        job.pool.run(
+            [_task(job, candidate) for candidate in trained_candidates(job) if candidate.name in open_names], done
+        )
 
 
 def measured_variants(job: JobContext) -> list[Variant]:

@@ -7,7 +7,7 @@ from compression.frontier import Point, frontier
 from compression.results import ExportResult, Variant, Verification
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Pool, Task
+from launcher.pool import Task
 from launcher.stages.evaluate import measured_qualities, measured_variants, text_arguments
 
 EXPORT, VERIFY = "export", "verify"
@@ -28,9 +28,9 @@ def export(job: JobContext) -> None:
     if job.journal.stage_done(EXPORT, inputs):
         return
     results: dict[str, ExportResult] = {}
-    with job.stage(EXPORT) as clock, Pool(job, EXPORT, workers=job.room.devices) as pool:
+    with job.stage(EXPORT) as clock:
         tasks = [_export_task(job, variant) for variant in chosen]
-        pool.run(tasks, lambda task, result: results.update({task.name: result}))
+        job.pool.run(tasks, lambda task, result: results.update({task.name: result}))
         outputs = {task.name: results[task.name].model_dump(mode="json") for task in tasks}
         job.journal.commit_stage(EXPORT, inputs, {"exports": outputs}, clock.seconds())
 
@@ -42,10 +42,10 @@ def verify(job: JobContext) -> None:
     if job.journal.stage_done(VERIFY, inputs):
         return
     found: list[Verification] = []
-    with job.stage(VERIFY) as clock, Pool(job, VERIFY, workers=job.room.devices) as pool:
+    with job.stage(VERIFY) as clock:
         names = sorted({variant.candidate for variant in chosen})
         tasks = [_verify_task(job, name, [one for one in chosen if one.candidate == name], exports) for name in names]
-        pool.run(tasks, lambda _, verifications: found.extend(verifications))
+        job.pool.run(tasks, lambda _, verifications: found.extend(verifications))
         outputs = {"verifications": [one.model_dump(mode="json") for one in found]}
         job.journal.commit_stage(VERIFY, inputs, outputs, clock.seconds())
 

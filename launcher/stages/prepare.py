@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Pool, Task
+from launcher.pool import Task
 from parallelism.data.config import DataConfig
 from parallelism.data.prepared import PreparedData
 
@@ -17,10 +17,10 @@ def prepare(job: JobContext) -> None:
     if job.journal.stage_done(STAGE, inputs):
         return
     facts_found: list[dict[str, Any]] = []
-    with job.stage(STAGE) as clock, Pool(job, STAGE, workers=1) as pool:
+    with job.stage(STAGE) as clock:
         arguments = {"config": job.spec.data, "directory": str(job.journal.data_dir), "seed": job.spec.seed}
         task = Task(STAGE, "launcher.stages.prepare:prepare_data", arguments)
-        pool.run([task], lambda _, facts: facts_found.append(facts))
+        job.pool.run([task], lambda _, facts: facts_found.append(facts))
         job.journal.commit_stage(STAGE, inputs, facts_found[0], clock.seconds())
 
 

@@ -31,6 +31,7 @@ def train(job: JobContext) -> None:
 
     if not runs:
         return
+    job.pool.close()
     with job.stage(STAGE):
         train_candidates(job, runs, trained)
     job.failures.update(failures(runs))
