@@ -46,6 +46,7 @@ class Feed:
         starts = range(first + self._data_rank * self._micro_batch, first + count, self.smallest)
         return [self._collate(self._source.rows(range(start, start + self._micro_batch))) for start in starts]
 
-    def up_to(self, samples: int) -> int:
-        """The largest count that :meth:`micro_batches` takes, not above ``samples`` or an epoch where one fits."""
-        return max(1, min(samples, self._source.samples_per_epoch) // self.smallest) * self.smallest
+    def up_to(self, samples: int, multiple: int) -> int:
+        """The largest count not above ``samples``, nor above an epoch, that ``multiple`` divides; at least ``multiple``."""
+        assert multiple % self.smallest == 0
+        return max(1, min(samples, self._source.samples_per_epoch) // multiple) * multiple

@@ -5,6 +5,7 @@ What is reported, as (kind, fields); training facts come from rank 0:
 - ``start`` {step, resumed_from, parameters, flops_per_token, world_size}
 - ``step`` {step, samples, tokens, flops, loss, learning_rate, gradient_norm, seconds, tokens_per_second, mfu, fraction,
   device_seconds}: totals of the progress; rate, norm and speed of this step
+- ``evaluating`` {step, done, samples}: a long evaluation is alive
 - ``evaluation`` {step, tokens, flops, validation_loss}
 - ``checkpoint`` {step, path, stall_seconds, write_seconds, asynchronous}
 - ``checkpoint_failed`` {step, error, attempt}
@@ -19,7 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def run_task(task: TrainTask, report: Report, stop: StopRequest) -> TrainResult:
     check_task(task, dist.get_world_size())
     stopwatch = Stopwatch(dist.get_world_size(), Burnt(task.burnt_device_seconds, task.burnt_wall_seconds))
     instruments = Instruments(stopwatch, measured_peak_flops(task.training.precision))
-    with Watchdog(task.stall_seconds, dist.get_rank(), report) as watchdog:
+    with Watchdog(task.stall_seconds, dist.get_rank(), report) as watchdog, closing(FileSaver()) as saver:
         cost = step_cost(task)
         engine: Engine = load(ENGINES[task.layout.engine].implementation)(task)
         watchdog.beat(0, "loading")
@@ -67,7 +68,7 @@ def run_task(task: TrainTask, report: Report, stop: StopRequest) -> TrainResult:
             engine=engine,
             feed=_feed(task, engine, "train"),
             validation=_feed(task, engine, "validation"),
-            checkpoints=Checkpoints(task, engine, store, FileSaver(), report, start),
+            checkpoints=Checkpoints(task, engine, store, saver, report, start),
             start=start,
             cost=cost,
             instruments=instruments,

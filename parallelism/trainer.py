@@ -125,15 +125,30 @@ class Trainer:
         return Decision(stop, int(evaluations_due), checkpoint_due > 0, fraction)
 
     def _evaluate(self, count: int) -> None:
-        """Mean loss per token on the same held-out samples every time; ``count`` evaluations are then done."""
-        self.watchdog.beat(self.ledger.progress.step, "evaluation")
-        samples = self.validation.up_to(self.task.evaluation_tokens // self.task.sequence_length)
-        loss = self.engine.evaluate(self.validation.micro_batches(0, samples))
-        self.metrics = self.metrics.model_copy(update={"validation_loss": loss, "evaluations": count})
-        self._evaluated_step = self.ledger.progress.step
+        """Report the mean loss per token on held-out samples, the same every time; ``count`` evaluations are then done."""
         progress = self.ledger.progress
+        loss = self._validation_loss()
+        self.metrics = self.metrics.model_copy(update={"validation_loss": loss, "evaluations": count})
+        self._evaluated_step = progress.step
         self._tell("evaluation", step=progress.step, tokens=progress.tokens, flops=progress.flops, validation_loss=loss)
         self.watchdog.beat(progress.step, "training")
+
+    def _validation_loss(self) -> float:
+        """In portions of a training step's size, which bounds memory and lets the watchdog see progress."""
+        layout, step = self.task.layout, self.ledger.progress.step
+        # Interleaved pipelines take whole groups of micro-batches.
+        groups = layout.pipeline if layout.virtual_pipeline > 1 else 1
+        wanted = self.task.evaluation_tokens // self.task.sequence_length
+        samples = self.validation.up_to(wanted, multiple=self.validation.smallest * groups)
+        total, told = 0.0, time.monotonic()
+        for first in range(0, samples, self.cost.samples):
+            self.watchdog.beat(step, "evaluation")
+            if time.monotonic() > told + self.task.stall_seconds / 4:
+                self._tell("evaluating", step=step, done=first, samples=samples)
+                told = time.monotonic()
+            portion = min(self.cost.samples, samples - first)
+            total += portion * self.engine.evaluate(self.validation.micro_batches(first, portion))
+        return total / samples
 
     def _metrics_now(self) -> Metrics:
         return self.metrics.model_copy(update={"burnt": self.instruments.burnt()})

@@ -23,6 +23,7 @@ from parallelism.training import CheckpointPolicy
 from tests.parallelism.toy_training import (
     COST,
     GLOBAL_BATCH,
+    LENGTH,
     STEP_TOKENS,
     MadeRows,
     Toy,
@@ -107,11 +108,30 @@ def test_data_ranks_share_a_step_without_changing_its_micro_batches(data):
     assert [cut[index] for index in range(8)] == [[5 + 3 * index + k for k in range(3)] for index in range(8)]
 
 
-def test_a_held_out_set_smaller_than_asked_is_used_once(tmp_path):
+def test_a_held_out_set_smaller_than_asked_is_used_once():
     feed = Feed(MadeRows(samples_per_epoch=11), collate, 2, 2, 0)
-    assert feed.up_to(6) == 4
-    assert feed.up_to(1000) == 8
-    assert Feed(MadeRows(samples_per_epoch=3), collate, 2, 2, 0).up_to(1000) == 4
+    assert feed.up_to(6, multiple=4) == 4
+    assert feed.up_to(1000, multiple=4) == 8
+    assert Feed(MadeRows(samples_per_epoch=3), collate, 2, 2, 0).up_to(1000, multiple=4) == 4
+
+
+def test_a_long_evaluation_is_the_mean_over_its_portions_and_shows_life(tmp_path):
+    toy = Toy(toy_task(tmp_path, evaluations=1, evaluation_tokens=21 * LENGTH, stall_seconds=2.0))
+    portions = []
+    evaluate = toy.engine.evaluate
+
+    def slow_evaluate(batches):
+        time.sleep(0.6)
+        portions.append((len(batches), evaluate(batches)))
+        return portions[-1][1]
+
+    toy.engine.evaluate = slow_evaluate
+    result = toy.train()
+    assert [count for count, _ in portions] == [4, 4, 2]
+    assert result.validation_loss == pytest.approx(sum(count * loss for count, loss in portions) / 10, rel=1e-12)
+    whole = toy.engine.__class__.evaluate(toy.engine, Feed(MadeRows(), collate, 2, 1, 0).micro_batches(0, 20))
+    assert result.validation_loss == pytest.approx(whole, rel=1e-6)
+    assert [fields["done"] for fields in toy.of("evaluating")] == [8, 16]
 
 
 def test_a_clock_budget_is_passed_by_at_most_one_step(tmp_path):

@@ -132,7 +132,7 @@ class ToySaver:
     faults: int = 0
     polls: int = 2
     wrote: list[int] = field(default_factory=list)
-    _pending: tuple[Path, int, bytes] | None = None
+    _pending: tuple[Path, int] | None = None
     _left: int = 0
 
     def save(self, engine: Any, progress: Progress, directory: Path) -> object:
@@ -141,9 +141,8 @@ class ToySaver:
 
     def start(self, engine: Any, progress: Progress, directory: Path) -> object:
         assert self._pending is None, "one write at a time"
-        buffer = directory / f"rank{dist.get_rank()}.pt"
-        torch.save(engine.state(), buffer)
-        self._pending, self._left = (directory, progress.step, b""), self.polls
+        torch.save(engine.state(), directory / f"rank{dist.get_rank()}.pt")
+        self._pending, self._left = (directory, progress.step), self.polls
         return None
 
     def poll(self) -> object | None:
@@ -152,7 +151,7 @@ class ToySaver:
 
     def wait(self) -> object:
         assert self._pending is not None
-        directory, step, _ = self._pending
+        directory, step = self._pending
         self._pending = None
         if self.faults:
             self.faults -= 1
