@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from compression.frontier import Point, frontier
+from compression.report import mark_frontier
 from compression.results import ExportResult, Variant, Verification
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
@@ -11,14 +11,6 @@ from launcher.pool import Task
 from launcher.stages.evaluate import measured_qualities, measured_variants, text_arguments
 
 EXPORT, VERIFY = "export", "verify"
-
-
-def with_frontier(variants: list[Variant]) -> list[Variant]:
-    """The same variants, each told whether it is on the frontier."""
-    points = [Point(variant.bytes, variant.quality.value, variant.quality.higher_is_better) for variant in variants]
-    return [
-        variant.model_copy(update={"on_frontier": on}) for variant, on in zip(variants, frontier(points), strict=True)
-    ]
 
 
 def export(job: JobContext) -> None:
@@ -58,7 +50,7 @@ def exported(job: JobContext) -> dict[str, ExportResult]:
 
 def _chosen(job: JobContext) -> list[Variant]:
     which = job.spec.export.variants
-    variants = with_frontier(measured_variants(job))
+    variants = mark_frontier(measured_variants(job))
     if which == "none":
         return []
     return variants if which == "all" else [variant for variant in variants if variant.on_frontier]
