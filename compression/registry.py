@@ -9,3 +9,6 @@ PRUNING: dict[str, Entry] = {
 QUANTIZATION: dict[str, Entry] = {
     "rtn": Entry("compression.config:QuantizeConfig", "compression.methods.rtn:quantize"),
 }
+
+DATA_FREE = frozenset({"magnitude", "rtn"})
+"""Methods that look at weights alone: a grid of these needs no calibration, and no budget is kept for it."""

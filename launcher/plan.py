@@ -1,51 +1,45 @@
 """What a job will do and take, said before it starts. Torch-free.
 
-The layout, where a candidate gives none, is the fastest of all legal ones that fit, under this cost model of one step:
-
-* compute: FLOPs of the global batch / (devices · peak · :data:`EFFICIENCY`), stretched by the pipeline's bubble
-  (p - 1) / (m·v) (Narayanan et al. 2021, section 2.2) and, with recomputation, by 4/3;
-* tensor parallelism: four all-reduces of the activations per layer and micro-batch, each 2·(t - 1)/t of their bytes
-  over the link inside a node, plus a latency for every one of them (Shoeybi et al. 2019, section 3);
-* pipeline parallelism: activations to the next stage and gradients back, once per micro-batch and boundary;
-* data parallelism: one all-reduce of the gradients per step, 2·(d - 1)/d of their bytes.
+The layout, where a candidate gives none, is the best of all legal ones that fit (:mod:`launcher.layouts`) under the
+cost model of :mod:`launcher.costs`.
 """
 
-from collections.abc import Iterator
-from itertools import product
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+)
 
+from compression.config import CompressionConfig
 from compression.recipe import grid
+from compression.registry import DATA_FREE
 from launcher.cluster import Cluster
+from launcher.costs import EFFICIENCY, StepCost, step_cost
+from launcher.layouts import Case, Choice, best_layout, fits, gib, problems_of, room_bytes, too_large, trainings
+from launcher.problems import Problem, SpecError, of_validation
 from launcher.spec import CandidateSpec, JobSpec
-from parallelism.accounting import MemoryEstimate, memory_per_rank, train_flops_per_sequence
+from parallelism.accounting import calibration_flops, train_flops_per_sequence, train_flops_per_token, training_share
 from parallelism.budget import Budget
-from parallelism.engines import limits
 from parallelism.layout import Layout
+from parallelism.memory import BASELINE_BYTES, MemoryEstimate, memory_per_rank
 from parallelism.models.base import ModelConfig
 from parallelism.options import Options
-from parallelism.presets import resolve_model
-from parallelism.rules import resolve_training
-from parallelism.training import TrainingConfig
+from parallelism.presets import ModelError, resolve_model
+from parallelism.registry import FAMILIES, load
+from parallelism.rules import FEWEST_STEPS, resolve_training
+from parallelism.training import CheckpointPolicy, TrainingConfig
 
-EFFICIENCY = 0.4
-"""Share of the matmul peak that training reaches; Narayanan et al. 2021, table 1: 0.43 to 0.52 with recomputation."""
-COLLECTIVE_SECONDS = {"cpu": 200e-6, "gpu": 20e-6}
-"""Latency of one collective."""
-FITS = 0.92
-"""Share of a device's memory that an estimate may fill."""
-CHECKPOINT_BYTES = 12
-"""Per parameter: fp32 weights and two fp32 moments (bf16: 2 + 4 + 8)."""
-
-
-class PlanError(ValueError):
-    """A candidate that cannot run as asked; ``field`` is relative to the candidate."""
-
-    def __init__(self, field: str, value: object, message: str) -> None:
-        super().__init__(f"{field}: {value}: {message}")
-        self.field = field
-        self.value = value
-        self.message = message
+START_SECONDS = {"cpu": 5.0, "gpu": 20.0}
+"""From the moment the devices are held to the first step; budgets that count a clock pay for it."""
+MANY_PASSES = 4.0
+"""More passes than this over the same text bring less and less (Muennighoff et al. 2023)."""
 
 
 class CandidatePlan(Options):
@@ -59,15 +53,27 @@ class CandidatePlan(Options):
     """Whether the planner chose the layout."""
     training: TrainingConfig
     budget: Budget
-    flops_per_token: float
-    steps: NonNegativeInt
-    tokens: NonNegativeInt
-    step_seconds: NonNegativeFloat
-    seconds: NonNegativeFloat
+    """What is left for training: the reserve for calibration is taken off."""
+    checkpoint: CheckpointPolicy
+    """As asked, but written while training waits where a snapshot would not fit beside it."""
+    flops_per_token: PositiveFloat
+    steps: PositiveInt
+    tokens: PositiveInt
+    flops: PositiveFloat
+    step_seconds: PositiveFloat
+    step_parts: dict[str, float]
+    """Seconds of a step, by part."""
+    seconds: PositiveFloat
+    device_seconds: PositiveFloat
     cost: NonNegativeFloat
     memory: MemoryEstimate
     memory_bytes: NonNegativeInt
+    """Per device, above the baseline."""
+    baseline_bytes: NonNegativeInt
+    checkpoint_bytes: NonNegativeInt
+    """Of one checkpoint."""
     disk_bytes: NonNegativeInt
+    notes: list[str] = Field(default_factory=list)
 
 
 class Plan(Options):
@@ -76,263 +82,350 @@ class Plan(Options):
     candidates: list[CandidatePlan]
     variants: PositiveInt
     seconds: NonNegativeFloat
+    """Of training, one candidate after the other."""
+    data_bytes: NonNegativeInt = 0
+    """Of the prepared text."""
     disk_bytes: NonNegativeInt
     cost: NonNegativeFloat
+
+    def describe(self) -> list[list[str]]:
+        """The plan as rows of text, the titles first: one row for each candidate."""
+        titles = ["candidate", "parameters", "layout", "batch", "steps", "tokens", "FLOPs/token", "rate"]
+        rows = [[*titles, "memory/device", "time", "cost"]]
+        for one in self.candidates:
+            rows.append(
+                [
+                    one.name,
+                    f"{one.parameters:,}",
+                    str(one.layout),
+                    f"{one.training.global_batch} ({one.training.micro_batch})",
+                    f"{one.steps:,}",
+                    f"{one.tokens:,}",
+                    f"{one.flops_per_token:.3g}",
+                    f"{one.training.learning_rate:.2g}",
+                    gib(one.memory_bytes),
+                    f"{one.seconds:.0f} s",
+                    f"{one.cost:.2f}" if one.cost else "",
+                ]
+            )
+        return rows
+
+
+def read_plan(document: dict[str, Any]) -> Plan:
+    """A plan from its JSON document, every model as its family's class."""
+    rows = [
+        row | {"model": load(FAMILIES[row["model"]["family"]].options).model_validate(row["model"])}
+        for row in document["candidates"]
+    ]
+    return Plan.model_validate(document | {"candidates": rows})
 
 
 def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int = 0) -> Plan:
     """The plan of a job whose tokenizer has ``vocab_size`` entries and whose text has ``text_bytes``.
 
-    Raises :class:`PlanError`, whose ``field`` begins with ``candidates.{index}``.
+    Raises :class:`launcher.problems.SpecError` with the problems of all candidates.
     """
-    candidates = []
+    candidates, problems = [], []
     for index, candidate in enumerate(spec.candidates):
         try:
-            candidates.append(plan_candidate(spec, candidate, cluster, vocab_size))
-        except PlanError as error:
-            raise PlanError(f"candidates.{index}.{error.field}", error.value, error.message) from error
+            candidates.append(plan_candidate(spec, candidate, cluster, vocab_size, text_bytes))
+        except SpecError as error:
+            problems += [problem.below(f"candidates.{index}") for problem in error.problems]
+    if problems:
+        raise SpecError(list(dict.fromkeys(problems)))
+    data_bytes = data_disk_bytes(spec, text_bytes)
     return Plan(
         candidates=candidates,
         variants=len(grid(spec.compression)) * len(candidates),
         seconds=sum(candidate.seconds for candidate in candidates),
-        disk_bytes=text_bytes + sum(candidate.disk_bytes for candidate in candidates),
+        data_bytes=data_bytes,
+        disk_bytes=data_bytes + sum(candidate.disk_bytes for candidate in candidates),
         cost=sum(candidate.cost for candidate in candidates),
     )
 
 
-def plan_candidate(spec: JobSpec, candidate: CandidateSpec, cluster: Cluster, vocab_size: int) -> CandidatePlan:
-    """The plan of one candidate; without a layout of its own, at the best one. Raises :class:`PlanError`."""
+def plan_candidate(
+    spec: JobSpec, candidate: CandidateSpec, cluster: Cluster, vocab_size: int, text_bytes: int = 0
+) -> CandidatePlan:
+    """The plan of one candidate; without a layout of its own, at the best one.
+
+    Raises :class:`launcher.problems.SpecError`; fields are relative to the candidate.
+    """
     length = spec.data.sequence_length
-    model = resolve_model(candidate.model, vocab_size, length)
-    tokens = expected_tokens(spec, model, cluster)
-    if candidate.layout:
-        training = _training(candidate, model, candidate.layout, length, tokens, cluster)
-        refuse_illegal(model, candidate.layout, training)
-        _refuse_too_large(model, candidate.layout, training, length, cluster)
-        layout = candidate.layout
-    else:
-        layout, training = best_layout(candidate, model, length, tokens, cluster)
-    return _planned(spec, candidate, model, layout, training, cluster)
+    model = candidate_model(candidate, vocab_size, length)
+    budget = _training_budget(spec, model, cluster)
+    tokens = _first_guess(spec, budget, model, cluster)
+    choice = _choose(spec, candidate, model, tokens, cluster)
+    if not budget.counts_progress and candidate.training.global_batch == "auto":
+        # What a clock buys depends on the layout, and the batch on what is bought: once more, knowing the speed.
+        assert isinstance(choice.training.global_batch, int)
+        steps = _steps(spec, budget, choice, model, cluster)
+        choice = _choose(spec, candidate, model, max(1, steps * choice.training.global_batch * length), cluster)
+    return _planned(spec, candidate, model, budget, choice, cluster, text_bytes)
 
 
-def expected_tokens(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> float:
-    """Tokens that the budget buys, at the planned speed of all devices where it limits a clock."""
-    budget, per_token = (
-        spec.budget,
-        train_flops_per_sequence(model, spec.data.sequence_length) / spec.data.sequence_length,
+def candidate_model(candidate: CandidateSpec, vocab_size: int | None, sequence_length: int) -> ModelConfig:
+    """The model of a candidate. Raises :class:`launcher.problems.SpecError` with fields below ``model``."""
+    try:
+        return resolve_model(candidate.model, vocab_size, sequence_length)
+    except ModelError as error:
+        raise SpecError([Problem(error.field, error.value, error.problem, "").below("model")]) from error
+    except ValidationError as error:
+        family: type[ModelConfig] = load(FAMILIES[candidate.model.get("family", "gpt")].options)
+        raise SpecError([problem.below("model") for problem in of_validation(error, family)]) from error
+
+
+def _choose(spec: JobSpec, candidate: CandidateSpec, model: ModelConfig, tokens: float, cluster: Cluster) -> Choice:
+    """The layout that the candidate gives, or the best one."""
+    case = _case(spec, candidate, model, tokens, cluster)
+    if candidate.layout is None:
+        choice = best_layout(case, cluster)
+        if choice is None:
+            raise SpecError([too_large(case, cluster, None, case.training)])
+        return choice
+    return _at_layout(case, candidate.layout, cluster)
+
+
+def _case(spec: JobSpec, candidate: CandidateSpec, model: ModelConfig, tokens: float, cluster: Cluster) -> Case:
+    """What is to be spread, with every ``auto`` settled that does not depend on the layout (micro-batch: 1)."""
+    given = candidate.training
+    length = spec.data.sequence_length
+    free = {name for name in ("micro_batch", "global_batch", "precision") if getattr(given, name) == "auto"}
+    if "recompute" not in given.model_fields_set:
+        free.add("recompute")
+    settled = given.model_copy(update={"micro_batch": 1}) if given.micro_batch == "auto" else given
+    try:
+        training = resolve_training(settled, model, candidate.layout or Layout(), length, tokens, cluster.device_kind)
+    except ValidationError as error:
+        raise SpecError([problem.below("training") for problem in of_validation(error, TrainingConfig)]) from error
+    saves_devices = spec.budget.unit in ("device_hours", "cost")
+    return Case(model, training, frozenset(free), length, saves_devices)
+
+
+def _at_layout(case: Case, layout: Layout, cluster: Cluster) -> Choice:
+    """The best micro-batch at a given layout."""
+    choices, problems = [], []
+    smallest: tuple[int, TrainingConfig] | None = None
+    for training in trainings(case, layout):
+        found = problems_of(case, layout, training, cluster)
+        problems += found
+        if found:
+            continue
+        memory = memory_per_rank(case.model, layout, training, case.sequence_length)
+        smallest = min(smallest or (memory.total, training), (memory.total, training), key=lambda pair: pair[0])
+        if fits(memory, cluster):
+            cost = step_cost(case.model, layout, training, case.sequence_length, cluster)
+            choices.append(Choice(layout, training, cost, memory))
+    if choices:
+        return min(choices, key=lambda choice: choice.cost.total / _batch(choice))
+    if smallest:
+        raise SpecError([too_large(case, cluster, layout, smallest[1])])
+    raise SpecError(
+        [
+            problem if problem.field.startswith(("layout", "training")) else problem.below("layout")
+            for problem in dict.fromkeys(problems)
+        ]
     )
+
+
+def _batch(choice: Choice) -> int:
+    assert isinstance(choice.training.global_batch, int)
+    return choice.training.global_batch
+
+
+# Budget
+
+
+def needs_calibration(compression: CompressionConfig) -> bool:
+    """Whether some recipe of the grid asks for statistics of the layers' inputs."""
+    methods = [*(compression.prune.methods if compression.prune else [])]
+    methods += compression.quantize.methods if compression.quantize else []
+    return not DATA_FREE.issuperset(methods)
+
+
+def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Budget:
+    """The budget less the reserve for calibration."""
+    if not needs_calibration(spec.compression):
+        return spec.budget
+    sequences, length = spec.compression.calibration.sequences, spec.data.sequence_length
+    flops = calibration_flops(model, length, sequences)
+    seconds = flops / (cluster.peak_flops * EFFICIENCY[cluster.device_kind])
+    reserve = {
+        "flops": flops,
+        "tokens": float(sequences * length),
+        "wall_clock": seconds,
+        "device_hours": seconds / 3600.0,
+        "cost": seconds / 3600.0 * spec.execution.price_per_device_hour,
+    }[spec.budget.unit]
+    try:
+        return training_share(spec.budget, reserve)
+    except ValueError as error:
+        raise SpecError([Problem("model", None, str(error), "")]) from error
+
+
+def _first_guess(spec: JobSpec, budget: Budget, model: ModelConfig, cluster: Cluster) -> float:
+    """Tokens that the budget buys; where it limits a clock, at the speed of large matrices on all devices."""
+    per_token = train_flops_per_token(model, spec.data.sequence_length)
     if budget.unit == "tokens":
         return budget.limit
     if budget.unit == "flops":
         return budget.limit / per_token
-    return _clock_seconds(spec, cluster.devices) * cluster.devices * cluster.peak_flops * EFFICIENCY / per_token
+    seconds = _clock_seconds(spec, budget, cluster.devices, cluster)
+    return max(1.0, seconds * cluster.devices * cluster.peak_flops * EFFICIENCY[cluster.device_kind] / per_token)
 
 
-def _clock_seconds(spec: JobSpec, devices: int) -> float:
-    """Wall-clock seconds that a clock budget gives ``devices`` devices."""
-    limit = spec.budget.limit
-    if spec.budget.unit == "wall_clock":
-        return limit
-    hours = limit if spec.budget.unit == "device_hours" else limit / spec.execution.price_per_device_hour
-    return hours * 3600.0 / devices
+def _clock_seconds(spec: JobSpec, budget: Budget, devices: int, cluster: Cluster) -> float:
+    """Seconds of training that a budget in clock units gives ``devices`` devices; their start is paid from it."""
+    if budget.unit == "wall_clock":
+        seconds = budget.limit
+    elif budget.unit == "device_hours":
+        seconds = budget.limit * 3600.0 / devices
+    else:
+        seconds = budget.limit / spec.execution.price_per_device_hour * 3600.0 / devices
+    return max(0.0, seconds - START_SECONDS[cluster.device_kind])
 
 
-def best_layout(
-    candidate: CandidateSpec, model: ModelConfig, length: int, tokens: float, cluster: Cluster
-) -> tuple[Layout, TrainingConfig]:
-    """The fastest legal layout that fits; the lean engine only where no other fits. Raises :class:`PlanError`."""
-    for engine in ("megatron", "lean"):
-        found: list[tuple[float, int, Layout, TrainingConfig]] = []
-        for layout in candidate_layouts(cluster, engine):
-            try:
-                training = _training(candidate, model, layout, length, tokens, cluster)
-                refuse_illegal(model, layout, training)
-                _refuse_too_large(model, layout, training, length, cluster)
-            except ValueError:
-                continue
-            found.append((step_seconds(model, layout, training, length, cluster), layout.world_size, layout, training))
-        if found:
-            return min(found, key=lambda row: row[:2])[2:]
-    raise _nothing_fits(candidate, model, length, tokens, cluster)
+def _steps(spec: JobSpec, budget: Budget, choice: Choice, model: ModelConfig, cluster: Cluster) -> int:
+    """Whole steps within the budget."""
+    length = spec.data.sequence_length
+    if budget.unit == "flops":
+        return int(budget.limit // (_batch(choice) * train_flops_per_sequence(model, length)))
+    if budget.unit == "tokens":
+        return int(budget.limit // (_batch(choice) * length))
+    return int(_clock_seconds(spec, budget, choice.layout.world_size, cluster) // choice.cost.total)
 
 
-def candidate_layouts(cluster: Cluster, engine: str = "megatron") -> Iterator[Layout]:
-    """Every tensor × pipeline × data that the cluster holds, tensor-parallel groups inside a node."""
-    sizes = range(1, cluster.devices + 1)
-    for tensor, pipeline, data in product(sizes, sizes, sizes):
-        whole = tensor * pipeline * data <= cluster.devices and tensor <= cluster.devices_per_node
-        if whole and (engine != "lean" or pipeline == 1):
-            yield Layout(tensor=tensor, pipeline=pipeline, data=data, engine=engine)
-
-
-def refuse_illegal(model: ModelConfig, layout: Layout, training: TrainingConfig) -> None:
-    """Raise :class:`PlanError` where the model cannot be spread like this."""
-    tensor, chunks = layout.tensor, layout.pipeline * layout.virtual_pipeline
-    widths = {"heads": model.heads, "padded vocabulary": model.padded_vocab_size}
-    widths |= {name: getattr(model, name) for name in ("query_groups", "feed_forward") if hasattr(model, name)}
-    for name, width in widths.items():
-        if width % tensor:
-            legal = [size for size in range(1, width + 1) if all(other % size == 0 for other in widths.values())]
-            raise PlanError(
-                "layout.tensor", tensor, f"does not divide {name} {width} of the model; possible are {legal[:8]}"
-            )
-    if chunks > model.layers:
-        raise PlanError("layout.pipeline", layout.pipeline, f"{chunks} stages for {model.layers} layers; use fewer")
-    if layout.virtual_pipeline > 1 and model.layers % chunks:
-        message = f"pipeline × virtual_pipeline {chunks} does not divide {model.layers} layers; lower one of them"
-        raise PlanError("layout.virtual_pipeline", layout.virtual_pipeline, message)
-    assert isinstance(training.global_batch, int)
-    assert isinstance(training.micro_batch, int)
-    share = training.micro_batch * layout.data
-    if training.global_batch % share:
-        message = (
-            f"not a multiple of micro_batch {training.micro_batch} × data {layout.data}; use {share} or a multiple"
-        )
-        raise PlanError("training.global_batch", training.global_batch, message)
-    count = training.global_batch // share
-    if layout.virtual_pipeline > 1 and count % layout.pipeline:
-        message = f"interleaving needs micro-batches per step ({count}) that pipeline {layout.pipeline} divides"
-        raise PlanError("training.micro_batch", training.micro_batch, f"{message}; change global_batch or micro_batch")
-    try:
-        limits.check(layout, training)
-    except ValueError as error:
-        raise PlanError("layout.engine", layout.engine, str(error)) from error
-
-
-def step_seconds(
-    model: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, cluster: Cluster
-) -> float:
-    """Seconds of one optimizer step under the cost model above."""
-    assert isinstance(training.global_batch, int)
-    assert isinstance(training.micro_batch, int)
-    tensor, pipeline, data = layout.tensor, layout.pipeline, layout.data
-    count = training.global_batch // (training.micro_batch * data)
-    width = 2 if training.precision == "bf16" else 4
-    activations = training.micro_batch * sequence_length * model.hidden * width
-    latency = COLLECTIVE_SECONDS[cluster.device_kind]
-    spans_nodes = layout.world_size > cluster.devices_per_node
-    between = cluster.network_bytes_per_second if spans_nodes else cluster.link_bytes_per_second
-
-    flops = (
-        training.global_batch * train_flops_per_sequence(model, sequence_length) * (4 / 3 if training.recompute else 1)
+def _too_small(spec: JobSpec, budget: Budget, choice: Choice, model: ModelConfig, cluster: Cluster) -> SpecError:
+    """A budget that does not buy one step."""
+    length, batch, devices = spec.data.sequence_length, _batch(choice), choice.layout.world_size
+    seconds = choice.cost.total + START_SECONDS[cluster.device_kind]
+    need = {
+        "flops": batch * train_flops_per_sequence(model, length),
+        "tokens": float(batch * length),
+        "wall_clock": seconds,
+        "device_hours": seconds * devices / 3600.0,
+        "cost": seconds * devices / 3600.0 * spec.execution.price_per_device_hour,
+    }[budget.unit]
+    what = (
+        f"the budget leaves {budget.limit:g} {budget.unit} for training and one step of {batch} sequences needs"
+        f" {need:.3g}"
     )
-    bubble = 1 + (pipeline - 1) / (count * layout.virtual_pipeline)
-    compute = flops / (layout.world_size * cluster.peak_flops * EFFICIENCY) * bubble
-    seconds = compute
-    if tensor > 1:
-        reduced = 2 * (tensor - 1) / tensor * activations / cluster.link_bytes_per_second
-        seconds += 4 * model.layers / pipeline * count * (reduced + latency) * bubble
-    if pipeline > 1:
-        seconds += 2 * count * (activations / between + latency)
-    if data > 1:
-        gradients = 4 * model.parameter_count() / (tensor * pipeline)
-        seconds += 2 * (data - 1) / data * gradients / between + latency
-    return seconds
+    smaller = ", a smaller training.global_batch" if batch > 1 else ""
+    hint = f"raise budget.{budget.unit}, or use a smaller model{smaller} or a shorter data.sequence_length"
+    return SpecError([Problem("training.global_batch", batch, what, hint)])
 
 
-def _training(
-    candidate: CandidateSpec, model: ModelConfig, layout: Layout, length: int, tokens: float, cluster: Cluster
-) -> TrainingConfig:
-    try:
-        return resolve_training(candidate.training, model, layout, length, tokens, cluster.device_kind)
-    except ValueError as error:
-        raise PlanError("training", "auto", str(error)) from error
+# What it takes
 
 
-def _refuse_too_large(
-    model: ModelConfig, layout: Layout, training: TrainingConfig, length: int, cluster: Cluster
-) -> None:
-    if layout.world_size > cluster.devices:
-        message = (
-            f"{layout} needs {layout.world_size} devices, and the cluster has {cluster.devices}; use a smaller layout"
-        )
-        raise PlanError("layout", str(layout), message)
-    needed = memory_per_rank(model, layout, training, length).total
-    if needed > FITS * cluster.memory_bytes_per_device:
-        message = (
-            f"needs {_gib(needed)} per device and {_gib(cluster.memory_bytes_per_device)} are there; use more devices, "
-            "training.recompute: true, a smaller training.micro_batch, or layout.engine: lean"
-        )
-        raise PlanError("layout", str(layout), message)
+@dataclass(frozen=True)
+class _Size:
+    """Bytes per parameter of a checkpoint: weights, master weights where they differ, two moments."""
 
+    weights: int
+    optimizer: int
 
-def _nothing_fits(
-    candidate: CandidateSpec, model: ModelConfig, length: int, tokens: float, cluster: Cluster
-) -> PlanError:
-    """Why the one-device layout does not run, or how much is missing at the widest."""
-    single = Layout()
-    try:
-        training = _training(candidate, model, single, length, tokens, cluster)
-        refuse_illegal(model, single, training)
-    except PlanError as error:
-        return error
-    needed = memory_per_rank(model, single, training, length).total
-    devices = -(-needed // int(FITS * cluster.memory_bytes_per_device))
-    return PlanError(
-        "model",
-        candidate.name,
-        f"{model.parameter_count():,} parameters need {_gib(needed)} for training and the cluster has "
-        f"{cluster.devices} devices of {_gib(cluster.memory_bytes_per_device)}; use about {devices} devices, a smaller "
-        "model, a shorter data.sequence_length, or training.global_batch that layout.engine: lean can take",
-    )
+    @classmethod
+    def of(cls, layout: Layout, training: TrainingConfig) -> "_Size":
+        if layout.engine == "lean":
+            return cls(4, 4)
+        return cls(2, 12) if training.precision == "bf16" else cls(4, 8)
 
 
 def _planned(
     spec: JobSpec,
     candidate: CandidateSpec,
     model: ModelConfig,
-    layout: Layout,
-    training: TrainingConfig,
+    budget: Budget,
+    choice: Choice,
     cluster: Cluster,
+    text_bytes: int,
 ) -> CandidatePlan:
-    length = spec.data.sequence_length
-    assert isinstance(training.global_batch, int)
-    flops = training.global_batch * train_flops_per_sequence(model, length)
-    tokens = training.global_batch * length
-    seconds = step_seconds(model, layout, training, length, cluster)
-    steps = _steps(spec, layout, flops, tokens, seconds)
+    length, layout, kind = spec.data.sequence_length, choice.layout, cluster.device_kind
+    steps = _steps(spec, budget, choice, model, cluster)
     if steps == 0:
-        step = {"flops": flops, "tokens": tokens}.get(spec.budget.unit, seconds)
-        message = (
-            f"{spec.budget.unit} {spec.budget.limit:g} is less than one step ({step:g}); raise it or lower global_batch"
-        )
-        raise PlanError("training.global_batch", training.global_batch, f"budget.{message}")
-    memory = memory_per_rank(model, layout, training, length)
+        raise _too_small(spec, budget, choice, model, cluster)
+    tokens = steps * _batch(choice) * length
+    seconds = steps * choice.cost.total + START_SECONDS[kind]
     parameters = model.parameter_count()
+    size = _Size.of(layout, choice.training)
+    checkpoint_bytes = parameters * (size.weights + size.optimizer)
+    policy = _checkpoint_policy(spec, choice, cluster)
     return CandidatePlan(
         name=candidate.name,
         model=model,
         parameters=parameters,
         layout=layout,
         layout_chosen=candidate.layout is None,
-        training=training,
-        budget=spec.budget,
-        flops_per_token=flops / tokens,
+        training=choice.training,
+        budget=budget,
+        checkpoint=policy,
+        flops_per_token=train_flops_per_token(model, length),
         steps=steps,
-        tokens=steps * tokens,
-        step_seconds=seconds,
-        seconds=steps * seconds,
-        cost=steps * seconds * layout.world_size / 3600 * spec.execution.price_per_device_hour,
-        memory=memory,
-        memory_bytes=memory.total,
-        disk_bytes=_disk_bytes(spec, parameters),
+        tokens=tokens,
+        flops=tokens * train_flops_per_token(model, length),
+        step_seconds=choice.cost.total,
+        step_parts=_parts(choice.cost),
+        seconds=seconds,
+        device_seconds=seconds * layout.world_size,
+        cost=seconds * layout.world_size / 3600.0 * spec.execution.price_per_device_hour,
+        memory=choice.memory,
+        memory_bytes=choice.memory.total,
+        baseline_bytes=BASELINE_BYTES[kind],
+        checkpoint_bytes=checkpoint_bytes,
+        disk_bytes=(policy.keep + 1) * checkpoint_bytes + _variant_bytes(spec, parameters),
+        notes=_notes(spec, candidate, choice, policy, steps, tokens, text_bytes),
     )
 
 
-def _steps(spec: JobSpec, layout: Layout, flops: float, tokens: int, seconds: float) -> int:
-    if spec.budget.unit == "flops":
-        return int(spec.budget.limit // flops)
-    if spec.budget.unit == "tokens":
-        return int(spec.budget.limit // tokens)
-    return int(_clock_seconds(spec, layout.world_size) // seconds)
+def _parts(cost: StepCost) -> dict[str, float]:
+    return {name: getattr(cost, name) for name in ("compute", "tensor", "pipeline", "data", "optimizer")}
 
 
-def _disk_bytes(spec: JobSpec, parameters: int) -> int:
-    """Checkpoints kept and one being written, and every variant: its layers, the compact file and the export."""
-    checkpoints = (spec.execution.checkpoint_every.keep + 1) * CHECKPOINT_BYTES * parameters
-    variants = len(grid(spec.compression)) * parameters * (2 + 2 + (2 if spec.export.variants != "none" else 0))
-    return checkpoints + variants
+def _checkpoint_policy(spec: JobSpec, choice: Choice, cluster: Cluster) -> CheckpointPolicy:
+    """On CPUs the snapshot of an asynchronous checkpoint is memory that training then changes: all of the state."""
+    policy, memory = spec.execution.checkpoint_every, choice.memory
+    snapshot = memory.weights + memory.master_weights + memory.moments
+    if cluster.device_kind == "cpu" and memory.total + snapshot > room_bytes(cluster):
+        return policy.model_copy(update={"asynchronous": False})
+    return policy
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _variant_bytes(spec: JobSpec, parameters: int) -> int:
+    """Every variant: its layers, the compact file made of them, and the export in two bytes per parameter."""
+    total = 0.0
+    for recipe in grid(spec.compression):
+        compact = (recipe.quantize.bits / 8 + 0.25 if recipe.quantize else 2.0) * parameters
+        total += 2 * compact + (2.0 * parameters if spec.export.variants != "none" else 0.0)
+    return round(total)
+
+
+def data_disk_bytes(spec: JobSpec, text_bytes: int) -> int:
+    """Tokens of two bytes (four for very large vocabularies): one for each byte, or for a few of them."""
+    return text_bytes * 2 if spec.data.tokenizer.kind == "bytes" else text_bytes
+
+
+def _notes(
+    spec: JobSpec,
+    candidate: CandidateSpec,
+    choice: Choice,
+    policy: CheckpointPolicy,
+    steps: int,
+    tokens: int,
+    text_bytes: int,
+) -> list[str]:
+    """What the owner of the job should know."""
+    notes = []
+    if choice.layout.engine == "lean" and candidate.layout is None:
+        notes.append("no other engine fits: lean keeps bf16 moments and clips by the last step's gradient norm")
+    if choice.training.recompute and not candidate.training.recompute:
+        notes.append("activations are recomputed in the backward pass, to fit or to be faster")
+    if spec.execution.checkpoint_every.asynchronous and not policy.asynchronous:
+        notes.append("training waits for its checkpoints: a snapshot of the state would not fit beside it")
+    if steps < FEWEST_STEPS:
+        notes.append(f"only {steps} steps: a larger budget or a smaller training.global_batch would use it better")
+    # A token of BPE is about three bytes of text or more; of the bytes tokenizer, one.
+    passes = tokens * (1 if spec.data.tokenizer.kind == "bytes" else 3) / text_bytes if text_bytes else 0.0
+    if passes > MANY_PASSES:
+        notes.append(f"about {passes:.0f} passes over the same text: more text would teach more")
+    return notes

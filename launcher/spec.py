@@ -1,12 +1,23 @@
 """JobSpec: one document that describes a job completely (REST body, CLI YAML and MLflow artifact). Torch-free."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from compression.config import CompressionConfig
+from launcher.problems import Problem, SpecError, of_validation, of_yaml
 from parallelism.budget import Budget
 from parallelism.data.config import DataConfig
 from parallelism.layout import Layout
@@ -72,7 +83,7 @@ class JobSpec(Options):
     compression: CompressionConfig = CompressionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
-    execution: ExecutionConfig = ExecutionConfig()
+    execution: ExecutionConfig = Field(default=ExecutionConfig(), validate_default=True)
 
     @field_validator("candidates")
     @classmethod
@@ -80,17 +91,62 @@ class JobSpec(Options):
         names = [candidate.name for candidate in candidates]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"candidate name used twice: {', '.join(twice)}")
+            raise ValueError(f"candidate name used twice: {', '.join(twice)}; give every candidate its own name")
         return candidates
 
-    @model_validator(mode="after")
-    def _cost_needs_price(self) -> "JobSpec":
-        if self.budget.unit == "cost" and not self.execution.price_per_device_hour:
-            raise ValueError("budget.cost needs execution.price_per_device_hour")
-        return self
+    @field_validator("execution")
+    @classmethod
+    def _cost_needs_price(cls, execution: ExecutionConfig, info: ValidationInfo) -> ExecutionConfig:
+        budget = info.data.get("budget")
+        if budget and budget.unit == "cost" and not execution.price_per_device_hour:
+            raise ValueError(
+                f"budget.cost {budget.limit:g} cannot be counted without a price: give price_per_device_hour, in the"
+                " same currency"
+            )
+        return execution
 
 
 def load_spec(path: str | Path) -> JobSpec:
-    """Read a YAML (or JSON) job file. Raises ``pydantic.ValidationError`` or ``yaml.YAMLError``."""
-    with open(path, encoding="utf-8") as file:
-        return JobSpec.model_validate(yaml.safe_load(file))
+    """Read a YAML (or JSON) job file. Raises :class:`launcher.problems.SpecError` with all that is wrong with it."""
+    source = str(path)
+    try:
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise SpecError([Problem("", source, error.strerror or str(error), "name a job file that exists")]) from error
+    except UnicodeDecodeError as error:
+        raise SpecError([Problem("", source, f"not UTF-8 text (byte {error.start})", "save it as UTF-8")]) from error
+    except yaml.YAMLError as error:
+        raise SpecError([of_yaml(error, source)]) from error
+    return parse_spec(document, source)
+
+
+def parse_spec(document: object, source: str = "the job") -> JobSpec:
+    """The spec that a document describes. Raises :class:`launcher.problems.SpecError` with all that is wrong."""
+    if not isinstance(document, Mapping):
+        kind = "empty" if document is None else f"a {type(document).__name__}"
+        hint = "a job is a mapping with name, data, budget and candidates"
+        raise SpecError([Problem("", source, f"the document is {kind}, not a mapping", hint)])
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        raise SpecError(of_validation(error, JobSpec)) from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the last would silently win, and reads ``1e12`` as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,65 +1,44 @@
 """Every check of a job before anything starts: one list of problems, each with field, value and remedy. Torch-free."""
 
+import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from compression.recipe import grid
+from compression.checks import check_exportable
+from launcher.backends.base import BACKENDS
 from launcher.cluster import Cluster
-from launcher.plan import CandidatePlan, Plan, PlanError, make_plan
+from launcher.layouts import gib
+from launcher.plan import Plan, candidate_model, make_plan
+from launcher.problems import Problem, SpecError
 from launcher.spec import JobSpec
 from parallelism.data.config import TokenizerConfig
 from parallelism.data.errors import DataError
 from parallelism.data.sources import CorpusFacts, inspect
 from parallelism.data.tokenizer import DEFAULT_VOCAB_SIZE, load_tokenizer
-from parallelism.presets import ModelError, resolve_model
+from parallelism.models.base import ModelConfig
+from parallelism.suggest import remedy
+
+__all__ = ["Problem", "SpecError", "check", "vocabulary_size"]
 
 BYTE_VOCABULARY = 257
 """256 bytes and the end of a document."""
 FREE_DISK_SHARE = 0.95
-KNOWN_BACKENDS = ("local",)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a job: where (``candidates.1.layout.tensor``), what stands there, and what would work."""
-
-    field: str
-    value: object
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.message}" if self.field else self.message
-
-
-class SpecError(ValueError):
-    """A job that cannot run, with everything that was found wrong."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = problems
+PROFILES = ("default",)
+GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 
 
 def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
-    """The job's plan. Raises :class:`SpecError` with all problems; writes nothing."""
-    problems = [*_execution_problems(spec), *_model_problems(spec)]
-    facts: CorpusFacts | None = None
-    try:
-        facts = inspect(spec.data, spec.seed)
-    except DataError as error:
-        problems.append(Problem(error.field, error.value, f"{error.value!r}: {error.problem}"))
-    if problems:
-        raise SpecError(problems)
-    assert facts is not None
-    try:
-        plan = make_plan(spec, cluster, vocabulary_size(spec.data.tokenizer), facts.text_bytes)
-    except PlanError as error:
-        raise SpecError([Problem(error.field, error.value, f"{error.value}: {error.message}")]) from error
-    problems = [*_group_problems(spec, plan), *_disk_problems(plan, home)]
-    if problems:
-        raise SpecError(problems)
+    """The job's plan. Raises :class:`launcher.problems.SpecError` with all problems; writes nothing."""
+    problems = [*_execution_problems(spec, cluster), *_home_problems(home)]
+    facts, vocab_size = _read_data(spec, problems)
+    models = _models(spec, vocab_size, problems)
+    problems += [problem for index, model in models.items() for problem in _compression_problems(spec, index, model)]
+    plan = _plan(spec, cluster, models, vocab_size, facts, problems)
+    if plan is not None:
+        problems += _disk_problems(plan, home)
+    if problems or plan is None:
+        raise SpecError(list(dict.fromkeys(problems)))
     return plan
 
 
@@ -72,74 +51,115 @@ def vocabulary_size(tokenizer: TokenizerConfig) -> int:
     return load_tokenizer(tokenizer).vocab_size
 
 
-def _execution_problems(spec: JobSpec) -> list[Problem]:
-    backend = spec.execution.backend
-    if backend in KNOWN_BACKENDS:
-        return []
-    message = f"{backend!r}: unknown back-end; available: {', '.join(KNOWN_BACKENDS)}"
-    return [Problem("execution.backend", backend, message)]
+def _read_data(spec: JobSpec, problems: list[Problem]) -> tuple[CorpusFacts | None, int | None]:
+    """What the text and the tokenizer are, as far as they can be read."""
+    facts, vocab_size = None, None
+    try:
+        vocab_size = vocabulary_size(spec.data.tokenizer)
+        facts = inspect(spec.data, spec.seed)
+    except DataError as error:
+        problems.append(Problem(error.field, error.value, error.problem, ""))
+    return facts, vocab_size
 
 
-def _model_problems(spec: JobSpec) -> list[Problem]:
-    problems = []
+def _models(spec: JobSpec, vocab_size: int | None, problems: list[Problem]) -> dict[int, ModelConfig]:
+    """The models that can be made, by the candidate's place."""
+    models = {}
     for index, candidate in enumerate(spec.candidates):
-        where = f"candidates.{index}.model"
         try:
-            resolve_model(candidate.model, _provisional_vocabulary(spec), spec.data.sequence_length)
-        except ModelError as error:
-            problems.append(Problem(f"{where}.{error.field}", error.value, f"{error.value!r}: {error.problem}"))
-        except ValidationError as error:
-            problems += [_of_pydantic(where, detail) for detail in error.errors(include_url=False)]
-    return problems
+            models[index] = candidate_model(candidate, vocab_size or DEFAULT_VOCAB_SIZE, spec.data.sequence_length)
+        except SpecError as error:
+            problems += [problem.below(f"candidates.{index}") for problem in error.problems]
+    return models
 
 
-def _provisional_vocabulary(spec: JobSpec) -> int | None:
-    tokenizer = spec.data.tokenizer
-    return None if tokenizer.kind == "file" and not Path(tokenizer.path or "").is_file() else vocabulary_size(tokenizer)
+def _plan(
+    spec: JobSpec,
+    cluster: Cluster,
+    models: dict[int, ModelConfig],
+    vocab_size: int | None,
+    facts: CorpusFacts | None,
+    problems: list[Problem],
+) -> Plan | None:
+    """The plan of the candidates whose models can be made, even where other things are wrong, for its problems."""
+    places = list(models)
+    if not places or vocab_size is None:
+        return None
+    sound = spec.model_copy(update={"candidates": [spec.candidates[index] for index in places]})
+    try:
+        return make_plan(sound, cluster, vocab_size, facts.text_bytes if facts else 0)
+    except SpecError as error:
+        problems += [_at_place(problem, places) for problem in error.problems]
+    return None
 
 
-def _of_pydantic(where: str, detail: object) -> Problem:
-    assert isinstance(detail, dict)
-    field = ".".join([where, *(str(part) for part in detail["loc"])])
-    text = str(detail["msg"]).removeprefix("Value error, ")
-    value = detail["input"]
-    shown = text if isinstance(value, dict) else f"{value!r}: {text}"
-    return Problem(field, value, shown)
+def _at_place(problem: Problem, places: list[int]) -> Problem:
+    """A problem of the sound candidates, with the candidate's place among all."""
+    first, place, rest = problem.field.split(".", 2)
+    return Problem(f"{first}.{places[int(place)]}.{rest}", problem.value, problem.what, problem.remedy)
 
 
-def _group_problems(spec: JobSpec, plan: Plan) -> list[Problem]:
-    """A group of columns that shares a scale has to fit into every matrix."""
-    sizes = {recipe.quantize.group_size for recipe in grid(spec.compression) if recipe.quantize} - {None}
-    return [
-        problem
-        for size in sizes
-        for index, candidate in enumerate(plan.candidates)
-        for problem in _group_problem(size, index, candidate)
-        if size is not None
-    ]
+def _execution_problems(spec: JobSpec, cluster: Cluster) -> Iterator[Problem]:
+    execution = spec.execution
+    if execution.backend not in BACKENDS:
+        yield Problem("execution.backend", execution.backend, "unknown back-end", remedy(execution.backend, BACKENDS))
+    if execution.profile not in PROFILES:
+        yield Problem("execution.profile", execution.profile, "unknown profile", remedy(execution.profile, PROFILES))
+    if execution.devices and execution.devices > cluster.devices:
+        what = f"the cluster has {cluster.devices} devices"
+        yield Problem("execution.devices", execution.devices, what, f"use {cluster.devices} or fewer, or leave it out")
+    cores = len(os.sched_getaffinity(0))
+    if execution.backend == "local" and cluster.device_kind == "cpu" and execution.threads_per_rank > cores:
+        what = f"this machine has {cores} cores"
+        yield Problem("execution.threads_per_rank", execution.threads_per_rank, what, f"use {cores} or fewer")
 
 
-def _group_problem(size: int | None, index: int, candidate: CandidatePlan) -> list[Problem]:
-    assert size is not None
-    shapes = candidate.model.parameter_shapes()
-    linear = {name: shape[1] for name, shape in shapes.items() if name.startswith("layers.0.") and len(shape) == 2}
-    wrong = {name.removeprefix("layers.0."): columns for name, columns in linear.items() if columns % size}
-    if not wrong:
-        return []
-    name, columns = next(iter(wrong.items()))
-    legal = [width for width in (16, 32, 64, 128) if all(columns % width == 0 for columns in linear.values())]
-    hint = f"possible for it: {legal}" if legal else "leave group_size out for one scale per output channel"
-    message = f"{size}: does not divide the {columns} columns of {name} of candidate {candidate.name!r}; {hint}"
-    return [Problem("compression.quantize.group_size", size, message)]
+def _compression_problems(spec: JobSpec, index: int, model: ModelConfig) -> Iterator[Problem]:
+    """A group of columns that shares a scale has to fit into every matrix, and the model into what is exported."""
+    name = spec.candidates[index].name
+    size = spec.compression.quantize.group_size if spec.compression.quantize else None
+    linear = {
+        tensor.removeprefix("layers.0."): shape[1]
+        for tensor, shape in model.model_copy(update={"layers": 1}).parameter_shapes().items()
+        if tensor.startswith("layers.0.") and len(shape) == 2
+    }
+    wrong = [tensor for tensor, columns in linear.items() if size and columns % size]
+    if wrong:
+        legal = [str(width) for width in GROUP_SIZES if all(columns % width == 0 for columns in linear.values())]
+        use = f"use {', '.join(legal)}, or " if legal else ""
+        what = f"does not divide the {linear[wrong[0]]} columns of {wrong[0]} of candidate {name!r}"
+        yield Problem(
+            "compression.quantize.group_size", size, what, f"{use}leave it out for one scale per output channel"
+        )
+    if spec.export.variants != "none":
+        try:
+            check_exportable(model)
+        except ValueError as error:
+            yield Problem(f"candidates.{index}.model", None, str(error), "")
 
 
-def _disk_problems(plan: Plan, home: Path) -> list[Problem]:
-    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+def _home_problems(home: Path) -> Iterator[Problem]:
+    existing = _existing(home)
+    if not existing.is_dir():
+        yield Problem("", str(home), f"{existing} is a file, not a directory", "choose another --home")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem("", str(home), f"{existing} cannot be written to", "choose another --home, or change its rights")
+
+
+def _disk_problems(plan: Plan, home: Path) -> Iterator[Problem]:
+    existing = _existing(home)
     free = shutil.disk_usage(existing).free
-    if plan.disk_bytes <= FREE_DISK_SHARE * free:
-        return []
-    message = (
-        f"the job needs about {plan.disk_bytes / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free at "
-        f"{existing}; free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
-    )
-    return [Problem("execution.checkpoint_every.keep", plan.disk_bytes, message)]
+    if plan.disk_bytes > FREE_DISK_SHARE * free:
+        largest = max(plan.candidates, key=lambda candidate: candidate.disk_bytes)
+        keep = largest.checkpoint.keep
+        what = (
+            f"the job needs about {gib(plan.disk_bytes)} of disk and {gib(free)} are free at {existing}; checkpoints of"
+            f" candidate {largest.name!r} take {gib(largest.checkpoint_bytes)} each, {plan.variants} variants the rest"
+        )
+        hint = "free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
+        yield Problem("execution.checkpoint_every.keep", keep, what, hint)
+
+
+def _existing(home: Path) -> Path:
+    """The home, or the nearest folder above it that exists."""
+    return next(folder for folder in (home.absolute(), *home.absolute().parents) if folder.exists())

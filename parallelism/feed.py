@@ -47,6 +47,6 @@ class Feed:
         return [self._collate(self._source.rows(range(start, start + self._micro_batch))) for start in starts]
 
     def up_to(self, samples: int, multiple: int) -> int:
-        """The largest count not above ``samples``, nor above an epoch, that ``multiple`` divides; at least ``multiple``."""
+        """The largest multiple not above ``samples`` nor an epoch; at least one times ``multiple``."""
         assert multiple % self.smallest == 0
         return max(1, min(samples, self._source.samples_per_epoch) // multiple) * multiple

@@ -125,7 +125,7 @@ class Trainer:
         return Decision(stop, int(evaluations_due), checkpoint_due > 0, fraction)
 
     def _evaluate(self, count: int) -> None:
-        """Report the mean loss per token on held-out samples, the same every time; ``count`` evaluations are then done."""
+        """Report the loss on held-out samples, the same ones every time; ``count`` evaluations are then done."""
         progress = self.ledger.progress
         loss = self._validation_loss()
         self.metrics = self.metrics.model_copy(update={"validation_loss": loss, "evaluations": count})

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 
 from parallelism.budget import Budget
 from parallelism.layout import Layout
@@ -34,7 +42,11 @@ class TrainingConfig(Options):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainingConfig":
-        if isinstance(self.global_batch, int) and isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
+        if (
+            isinstance(self.global_batch, int)
+            and isinstance(self.micro_batch, int)
+            and self.global_batch % self.micro_batch
+        ):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         return self
 
@@ -66,7 +78,9 @@ class TrainTask(Options):
     burnt_device_seconds: NonNegativeFloat = Field(default=0.0, description="consumed by earlier attempts")
     burnt_wall_seconds: NonNegativeFloat = 0.0
     price_per_device_hour: NonNegativeFloat = 0.0
-    evaluations: NonNegativeInt = Field(default=4, description="evaluations spread evenly over the budget, the last at its end")
+    evaluations: NonNegativeInt = Field(
+        default=4, description="evaluations spread evenly over the budget, the last at its end"
+    )
     evaluation_tokens: PositiveInt = 65536
     threads_per_rank: PositiveInt = 1
     stall_seconds: PositiveFloat = 600.0

@@ -30,7 +30,9 @@ BATCHES = {"5M": (8, 256, 4), "25M": (4, 256, 2)}
 """Sequences per step, tokens per sequence, sequences per micro-batch."""
 
 
-def make_espalier(shape: dict[str, int], batch: tuple[int, int, int], threads: int) -> tuple[Callable[[Any], float], int]:
+def make_espalier(
+    shape: dict[str, int], batch: tuple[int, int, int], threads: int
+) -> tuple[Callable[[Any], float], int]:
     """One optimizer step as a function of token ids [sequences, tokens + 1], and the number of parameters."""
     from parallelism import device
     from parallelism.budget import Budget
@@ -69,7 +71,9 @@ def make_espalier(shape: dict[str, int], batch: tuple[int, int, int], threads: i
     return step, config.parameter_count()
 
 
-def make_transformers(shape: dict[str, int], batch: tuple[int, int, int], threads: int) -> tuple[Callable[[Any], float], int]:
+def make_transformers(
+    shape: dict[str, int], batch: tuple[int, int, int], threads: int
+) -> tuple[Callable[[Any], float], int]:
     """The same with Transformers' Llama on torch's scaled dot product attention."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

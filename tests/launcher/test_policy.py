@@ -87,10 +87,7 @@ def test_what_would_end_the_same_way_is_not_tried_again(cause: Cause) -> None:
 
 
 def test_restarts_wait_longer_each_time() -> None:
-    delays = [
-        after_gang_end(Ended(0, Cause.RANK_DIED), count, False, 20).after_seconds
-        for count in range(9)
-    ]
+    delays = [after_gang_end(Ended(0, Cause.RANK_DIED), count, False, 20).after_seconds for count in range(9)]
     assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 

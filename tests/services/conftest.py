@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_SECONDS = 280
+RUN_SECONDS = 600
 
 
 def small_job(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from launcher.states import JobState
 from launcher.tracking import EXPERIMENT, RUN_TAG, default_uri
 from tests.services.conftest import ROOT, RUN_SECONDS, FinishedJob, command, espalier, small_job
 
+pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
+
 CANDIDATE_FIELDS = {
     "name",
     "parameters",
@@ -44,7 +46,6 @@ VARIANT_FIELDS = {
 }
 
 
-@pytest.mark.timeout(RUN_SECONDS + 20)
 def test_run_gives_one_document_with_candidates_and_variants(finished: FinishedJob) -> None:
     result = finished.result
     assert {"version", "job", "state", "attempts", "mlflow_url", "candidates", "variants"} <= set(result)
@@ -125,7 +126,6 @@ def test_finished_job_is_not_continued(finished: FinishedJob) -> None:
     assert "nothing to continue" in ended.stderr
 
 
-@pytest.mark.timeout(2 * RUN_SECONDS)
 def test_ctrl_c_pauses_with_a_checkpoint_and_continue_ends_as_if_nothing_had_happened(
     finished: FinishedJob, tmp_path: Path
 ) -> None:

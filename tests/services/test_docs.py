@@ -11,7 +11,9 @@ from typer.main import get_command
 
 from launcher.spec import load_spec
 from services.cli import app
-from tests.services.conftest import ROOT, FinishedJob, espalier
+from tests.services.conftest import ROOT, RUN_SECONDS, FinishedJob, espalier
+
+pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = {"plan", "presets", "frontier", "list", "show", "gc", "track"}

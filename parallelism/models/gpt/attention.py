@@ -7,23 +7,26 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from parallelism.models.gpt.functions import rotate
+
 
 class CausalAttention(torch.nn.Module):
     """softmax(QKᵀ/√d)V over the past, without materialising the S×S scores.
 
-    Stands where megatron-core's ``DotProductAttention`` stands; it holds no parameters.
+    Stands where megatron-core's ``DotProductAttention`` stands; it holds no parameters. With ``rotary_base`` it turns
+    queries and keys by their positions itself.
     """
 
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *, rotary_base: float | None = None, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
-        self.sequence_parallel = config.sequence_parallel
+        self.rotary_base = rotary_base
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """Query [S, B, heads, d], key and value [S, B, groups, d] → [S, B, heads·d]."""
         length, batch, heads, channels = query.shape
+        if self.rotary_base is not None:
+            query, key = rotate(query, self.rotary_base), rotate(key, self.rotary_base)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = key.shape[1] != heads
         if self.training and self.dropout > 0.0:

@@ -14,7 +14,9 @@ class GPTConfig(ModelConfig):
     style: Literal["gpt2", "llama"] = "llama"
     kv_heads: PositiveInt | None = Field(default=None, description="grouped-query attention; default: heads")
     head_dim: PositiveInt | None = Field(default=None, description="default: hidden / heads")
-    ffn_hidden: PositiveInt | None = Field(default=None, description="default: 4·hidden (gpt2), 8/3·hidden rounded up to 64 (llama)")
+    ffn_hidden: PositiveInt | None = Field(
+        default=None, description="default: 4·hidden (gpt2), 8/3·hidden rounded up to 64 (llama)"
+    )
     tied_embeddings: bool = True
     rope_base: float = Field(default=10000.0, gt=1.0)
     norm_epsilon: float = Field(default=1e-5, gt=0.0, lt=1e-2)
@@ -24,7 +26,9 @@ class GPTConfig(ModelConfig):
     @model_validator(mode="after")
     def _divides(self) -> "GPTConfig":
         if self.head_dim is None and self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} is not divisible by heads {self.heads}: change one, or give head_dim")
+            raise ValueError(
+                f"hidden {self.hidden} is not divisible by heads {self.heads}: change one, or give head_dim"
+            )
         if self.heads % self.query_groups:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.query_groups}")
         if self.style == "llama" and self.channels % 2:
@@ -104,7 +108,7 @@ class GPTConfig(ModelConfig):
         return self.layers * layer + outer + positions + final
 
     def forward_flops(self, sequence_length: int) -> float:
-        """Matrix products only: linear layers, the full S×S attention scores (as in Narayanan et al. 2021), output layer."""
+        """Matrix products only: linear layers, all S×S attention scores (as in Narayanan et al. 2021), output layer."""
         linear = sum(2 * out * width for out, width in self.linear_shapes().values())
         attention = 4 * sequence_length * self.heads * self.channels
         output = 2 * self.hidden * self.padded_vocab_size

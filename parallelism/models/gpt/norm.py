@@ -7,6 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from parallelism.models.gpt.functions import rms_norm
+
 
 class Norm(torch.nn.Module):
     """The norm that ``config.normalization`` names, over the last axis.
@@ -27,5 +29,5 @@ class Norm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., hidden] → the same shape."""
         if self.bias is None:
-            return torch.nn.functional.rms_norm(hidden, self.shape, self.weight, self.epsilon)
+            return rms_norm(hidden, self.weight, self.epsilon)
         return torch.nn.functional.layer_norm(hidden, self.shape, self.weight, self.bias, self.epsilon)

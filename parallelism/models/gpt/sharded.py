@@ -18,6 +18,7 @@ from parallelism.layout import Layout, stage_layers
 from parallelism.models.base import Batch
 from parallelism.models.gpt.attention import CausalAttention
 from parallelism.models.gpt.config import GPTConfig
+from parallelism.models.gpt.gate import SwiGLU
 from parallelism.models.gpt.norm import Norm
 from parallelism.training import TrainingConfig
 
@@ -25,7 +26,7 @@ from parallelism.training import TrainingConfig
 def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConfig) -> TransformerConfig:
     """The megatron-core configuration of this model at this layout; ``training.precision`` must be resolved."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
-    fused = has_cuda()
+    gated_by_hand = config.gated and not _uses_transformer_engine()
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.hidden,
@@ -59,8 +60,9 @@ def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConf
         recompute_num_layers=1 if training.recompute else None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=fused,
-        bias_activation_fusion=fused,
+        bias_dropout_fusion=has_cuda(),
+        bias_activation_fusion=has_cuda() and not gated_by_hand,
+        use_te_activation_func=gated_by_hand,  # only megatron-core's name for an activation given by the layer's spec
         apply_rope_fusion=False,
     )
 
@@ -69,15 +71,18 @@ def build(
     config: GPTConfig, megatron: TransformerConfig, *, first: bool, last: bool, chunk: int | None
 ) -> torch.nn.Module:
     """One pipeline chunk with uninitialised weights."""
+    local = not _uses_transformer_engine()
+    learned = config.style == "gpt2"
     model = GPTModel(
         megatron,
-        _block_spec(megatron, chunk),
+        _local_spec(config, megatron, chunk) if local else get_gpt_layer_with_transformer_engine_spec(),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.context,
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=config.tied_embeddings,
-        position_embedding_type="learned_absolute" if config.style == "gpt2" else "rope",
+        # Rotary positions are applied by our own core attention, where that is used.
+        position_embedding_type="learned_absolute" if learned else "none" if local else "rope",
         rotary_base=config.rope_base,
         vp_stage=chunk,
     )
@@ -99,12 +104,18 @@ def losses(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output
 
 
-def _block_spec(megatron: TransformerConfig, chunk: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    if has_cuda() and importlib.util.find_spec("transformer_engine"):
-        return get_gpt_layer_with_transformer_engine_spec()
+def _uses_transformer_engine() -> bool:
+    return has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _local_spec(config: GPTConfig, megatron: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+    """megatron-core's layers in plain torch, with our attention, norms and gate."""
     layer = get_gpt_layer_local_spec(normalization=megatron.normalization)
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    parts = layer.submodules
+    rotary_base = config.rope_base if config.style == "llama" else None
+    parts.self_attention.submodules.core_attention = ModuleSpec(CausalAttention, params={"rotary_base": rotary_base})
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    parts.mlp.submodules.activation_func = SwiGLU if config.gated else None
     count = get_num_layers_to_build(megatron, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
 
