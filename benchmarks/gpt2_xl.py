@@ -3,7 +3,8 @@
 Two runs of the product's own training path (:func:`parallelism.run.run_task`) on the standard library's sources as
 bytes: one of 20 steps with a checkpoint after step 10, and one in fresh processes that continues from that checkpoint.
 Compared are the losses of the steps after it and, byte by byte, the checkpoints at the end. Memory is the sum over
-ranks of each process's peak resident set (VmHWM), saving and loading included. Not part of ``make bench``: it needs 19 GiB.
+ranks of each process's peak resident set (VmHWM), saving and loading included. Not part of
+``make bench``: it needs 19 GiB.
 
     python benchmarks/gpt2_xl.py [--layers 48] [--hidden 1600] [--heads 20] [--work DIR] [--output FILE]
 """

@@ -379,7 +379,8 @@ def main() -> NoReturn:
     if not debug:
         sys.excepthook = _unexpected
     try:
-        app(args=arguments)
+        # Not app(...): typer would put an excepthook of its own in place.
+        typer.main.get_command(app).main(args=arguments, prog_name="espalier")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError, StaleEpochError, DryRunError) as error:

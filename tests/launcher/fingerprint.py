@@ -18,4 +18,7 @@ def fingerprint(checkpoint: str | Path) -> dict[str, str]:
         if isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {key: sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest() for key, tensor in tensors.items()}
+    return {
+        key: sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for key, tensor in tensors.items()
+    }

@@ -65,7 +65,7 @@ class _Running:
         """The state the job rests in; nothing of it may run any more."""
         self._thread.join(LIMIT_SECONDS)
         assert self._states, "the job does not end"
-        assert not _left_behind(self.journal)
+        assert not left_behind(self.journal)
         return self._states[0]
 
 
@@ -89,7 +89,7 @@ def _until(condition: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
-def _left_behind(journal: Journal) -> list[str]:
+def left_behind(journal: Journal) -> list[str]:
     """Processes of the job that still run, also those of earlier attempts."""
     pids = {event["pid"]: event["time"] for event in journal.events() if event["kind"] == "process_started"}
     found = []
@@ -229,7 +229,7 @@ def test_a_stopped_coordinator_that_wakes_up_after_its_successor_is_ignored(
     assert journal.state() is JobState.SUCCEEDED
     assert _weights(journal) == _expected(150)
     assert journal.view().candidate("a").gang.root.endswith("e0002-g01")
-    assert not _left_behind(journal)
+    assert not left_behind(journal)
 
 
 def test_a_coordinator_does_not_outlive_its_keeper(tmp_path: Path, start: Callable[[Home, Journal], _Running]) -> None:
@@ -250,7 +250,7 @@ def test_a_coordinator_does_not_outlive_its_keeper(tmp_path: Path, start: Callab
         keeper.kill()
         keeper.wait()
     _until(lambda: journal.state() is JobState.INTERRUPTED)
-    _until(lambda: not _left_behind(journal))
+    _until(lambda: not left_behind(journal))
     gang = journal.view().candidate("a").gang
     assert gang.ended == "signal"
     assert gang.checkpoint_step == gang.step

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,25 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     ended = espalier("plan", tmp_path / "none.yaml", "--debug", "--home", tmp_path)
     assert ended.returncode != 0
     assert "Traceback" in ended.stderr
+
+
+def test_faults_of_the_software_are_two_lines_and_a_traceback_with_debug(tmp_path: Path) -> None:
+    script = (
+        "import sys, services.cli as cli\n"
+        "def list_jobs(home): raise KeyError('lost')\n"
+        "cli.list_jobs = list_jobs\n"
+        f"sys.argv = ['espalier', 'list', '--home', {str(tmp_path)!r}] + sys.argv[1:]\n"
+        "cli.main()\n"
+    )
+    quiet, loud = (
+        subprocess.run([sys.executable, "-c", script, *more], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        for more in ([], ["--debug"])
+    )
+    assert quiet.returncode == loud.returncode == 1
+    assert quiet.stderr.splitlines()[0].startswith("internal error: KeyError: 'lost'")
+    assert "--debug" in quiet.stderr.splitlines()[1]
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
 
 
 def test_presets_are_listed_by_size() -> None:
