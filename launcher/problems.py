@@ -1,5 +1,6 @@
 """What is wrong with a job, in words that its owner can act on. Torch-free."""
 
+import dataclasses
 import json
 import types
 import typing
@@ -24,7 +25,7 @@ class Problem:
     """
 
     field: str
-    value: object
+    value: object = dataclasses.field(hash=False)  # may be a part of a document, which cannot be hashed
     what: str
     remedy: str
 

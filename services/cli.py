@@ -18,7 +18,9 @@ from compression.recipe import grid
 from compression.report import draw
 from launcher.jobs import Home, JobError, collect_garbage, find_job, list_jobs, run_job, stop_job
 from launcher.journal import Journal, StaleEpochError
+from launcher.problems import SpecError
 from launcher.result import result_document
+from launcher.spec import load_spec
 from launcher.states import FINAL, JobState
 from launcher.tracking import EXIT_DONE, default_uri
 from parallelism.presets import PRESETS, resolve_model
@@ -26,7 +28,7 @@ from services import tables
 from services.dryrun import DryRunError, dry_run
 from services.foreground import run_in_foreground
 from services.progress import display_for
-from services.submission import BadSpecError, differences, make_request, read_spec, submit
+from services.submission import make_request, named_cluster, plan_elsewhere, refuse_another_spec, submit
 from services.ui import choose_port, mlflow_server
 
 DEFAULT_HOME = Path("~/.local/share/espalier")
@@ -82,7 +84,7 @@ def options(
 @app.command()
 def demo(home: HomeOption = DEFAULT_HOME, tracking: TrackingOption = None, as_json: JsonOption = False) -> None:
     """Train, compress and compare three small models; a few minutes on two cores."""
-    request = make_request(read_spec(DEMO), _home(home), str(DEMO))
+    request = make_request(load_spec(DEMO), _home(home))
     _work(submit(request, _home(home)), _home(home), tracking, as_json, job_file=None)
 
 
@@ -100,10 +102,9 @@ def run(
     if continued is not None:
         journal = find_job(_home(home), continued)
         if job_file is not None:
-            _refuse_another_spec(job_file, journal)
+            refuse_another_spec(load_spec(job_file), journal.spec())
     elif job_file is not None:
-        request = make_request(read_spec(job_file), _home(home), str(job_file))
-        journal = submit(request, _home(home))
+        journal = submit(make_request(load_spec(job_file), _home(home)), _home(home))
     else:
         raise ValueError("name a job file, or a job with --continue")
     _work(journal, _home(home), tracking, as_json, job_file)
@@ -115,12 +116,16 @@ def plan(
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Also build every rank's part of every model, without memory for weights.")
     ] = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="KIND:DEVICES", help="Plan for another cluster than this machine: h100:32.")
+    ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether and how a job fits: layout, steps, memory, disk, time and cost. Nothing is started."""
-    request = make_request(read_spec(job_file), _home(home), str(job_file))
-    document = request.plan.model_dump(mode="json")
+    spec = load_spec(job_file)
+    made = plan_elsewhere(spec, named_cluster(on)) if on else make_request(spec, _home(home)).plan
+    document = made.model_dump(mode="json")
     if dry:
         document["dry_run"] = [dry_run(candidate) for candidate in document["candidates"]]
     if as_json:
@@ -129,7 +134,7 @@ def plan(
         for part in (tables.plan_table(document), "", tables.memory_table(document), "", tables.plan_line(document)):
             stdout.print(part)
         for built in document.get("dry_run", []):
-            stdout.print("", tables.dry_run_table(built), sep="\n")
+            stdout.print("", tables.dry_run_line(built), tables.dry_run_table(built), sep="\n")
     if not all(built["ok"] for built in document.get("dry_run", [])):
         raise typer.Exit(EXIT_FAILED)
 
@@ -310,13 +315,6 @@ def _say_how_it_ended(result: dict[str, Any], job_file: Path | None, home: Home)
         stderr.print(f"the job is {state}; continue it with: {' '.join(words)}")
 
 
-def _refuse_another_spec(job_file: Path, journal: Journal) -> None:
-    """A job keeps its spec: a result that belongs to two specs would belong to none."""
-    found = differences(read_spec(job_file), journal.spec())
-    if found:
-        raise BadSpecError(str(job_file), found)
-
-
 def _ask(journal: Journal, desired: Any) -> None:
     if journal.holder() is None:
         raise JobError(
@@ -348,19 +346,13 @@ def _first_lines(text: str, count: int = 2) -> str:
 
 def report(error: Exception, as_json: bool) -> int:
     """Tell a user's error in a few lines, or as JSON; returns the exit code."""
-    found = (
-        [str(problem) for problem in error.problems] if isinstance(error, BadSpecError) else [_first_lines(str(error))]
-    )
-    source = f"{error.source}: " if isinstance(error, BadSpecError) else ""
+    problems = error.problems if isinstance(error, SpecError) else []
+    lines = [str(problem) for problem in problems] or [_first_lines(str(error))]
     if as_json:
-        fields = (
-            [{"field": one.field, "message": one.message} for one in error.problems]
-            if isinstance(error, BadSpecError)
-            else []
-        )
-        _print_json({"error": source + "; ".join(found), "problems": fields})
-    for line in found:
-        stderr.print(f"[red]error:[/] {source}", end="")
+        fields = [{"field": one.field, "value": one.value, "message": one.message} for one in problems]
+        _print_json({"error": lines[0], "problems": fields})
+    for line in lines:
+        stderr.print("[red]error:[/]", end=" ")
         stderr.print(line, markup=False)
     return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
 

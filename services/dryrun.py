@@ -18,7 +18,7 @@ def dry_run(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises :class:`DryRunError` with the process's last words.
     """
-    question = {"model": candidate["model"], "layout": candidate["layout"]}
+    question = {name: candidate[name] for name in ("model", "layout", "training")}
     ended = subprocess.run(
         [sys.executable, "-m", "parallelism.dryrun"],
         input=json.dumps(question),
@@ -27,8 +27,8 @@ def dry_run(candidate: Mapping[str, Any]) -> dict[str, Any]:
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-    if ended.returncode != 0:
+    if not ended.stdout.strip():
         last = ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
         raise DryRunError(f"candidate {candidate['name']}: {last}")
-    answer: dict[str, Any] = json.loads(ended.stdout)
+    answer: dict[str, Any] = json.loads(ended.stdout.strip().rpartition("\n")[2])
     return {"candidate": candidate["name"], **answer}

@@ -1,31 +1,19 @@
 """From a job file to a job: read, check, write down. Nothing is written before everything has been checked."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from launcher.cluster import local_cluster
+from launcher.cluster import Cluster, h100_cluster, local_cluster
 from launcher.jobs import Home, create_job
 from launcher.journal import Journal
-from launcher.plan import Plan
+from launcher.plan import Plan, make_plan
+from launcher.problems import Problem, SpecError
 from launcher.spec import JobSpec
 from launcher.tracking_records import flatten
-from launcher.validate import SpecError, check
-from services import problems
-from services.problems import Problem
+from launcher.validate import check, vocabulary_size
+from parallelism.data.errors import DataError
+from parallelism.data.sources import inspect
 
-
-class BadSpecError(ValueError):
-    """A job file that cannot run, with everything that is wrong with it."""
-
-    def __init__(self, source: str, found: list[Problem]) -> None:
-        super().__init__("\n".join(f"{source}: {problem}" for problem in found))
-        self.source = source
-        self.problems = found
+KNOWN_CLUSTERS = {"h100": h100_cluster}
 
 
 @dataclass(frozen=True)
@@ -36,39 +24,27 @@ class Request:
     plan: Plan
 
 
-def read_spec(path: Path) -> JobSpec:
-    """The job file's spec. Raises :class:`BadSpecError`."""
+def make_request(spec: JobSpec, home: Home) -> Request:
+    """Check a spec against this machine and the files it names. Raises ``SpecError`` with all problems."""
+    return Request(spec, check(spec, local_cluster(spec), home.path))
+
+
+def plan_elsewhere(spec: JobSpec, cluster: Cluster) -> Plan:
+    """The plan for a cluster that is not this machine, whose disks are not known. Raises ``SpecError``."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadSpecError(str(path), [problems.of_yaml(error)]) from error
-    except UnicodeDecodeError as error:
-        raise BadSpecError(
-            str(path), [Problem("", f"not UTF-8 text (byte {error.start}): save it as UTF-8")]
-        ) from error
-    except OSError as error:
-        raise BadSpecError(str(path), [Problem("", f"{error.strerror}: name a job file that exists")]) from error
-    if not isinstance(document, Mapping):
-        kind = "empty" if document is None else f"a {type(document).__name__}"
-        hint = f"the file is {kind}: a job file is a mapping with name, data, budget and candidates"
-        raise BadSpecError(str(path), [Problem("", hint)])
-    return parse_spec(document, str(path))
+        facts = inspect(spec.data, spec.seed)
+        vocab_size = vocabulary_size(spec.data.tokenizer)
+    except DataError as error:
+        raise SpecError([Problem(error.field, error.value, error.problem, "")]) from error
+    return make_plan(spec, cluster, vocab_size, facts.text_bytes)
 
 
-def parse_spec(document: Mapping[str, Any], source: str) -> JobSpec:
-    """The spec that a document describes. Raises :class:`BadSpecError`."""
-    try:
-        return JobSpec.model_validate(document)
-    except ValidationError as error:
-        raise BadSpecError(source, problems.of_validation(error, JobSpec)) from error
-
-
-def make_request(spec: JobSpec, home: Home, source: str) -> Request:
-    """Check a spec against this machine and the files it names. Raises :class:`BadSpecError`."""
-    try:
-        return Request(spec, check(spec, local_cluster(spec), home.path))
-    except SpecError as error:
-        raise BadSpecError(source, [Problem(one.field, one.message) for one in error.problems]) from error
+def named_cluster(text: str) -> Cluster:
+    """The cluster behind ``h100:32``. Raises ``ValueError``."""
+    name, _, count = text.partition(":")
+    if name not in KNOWN_CLUSTERS or not count.isdigit() or int(count) == 0:
+        raise ValueError(f"--on {text!r}: write KIND:DEVICES, such as h100:32; kinds: {', '.join(KNOWN_CLUSTERS)}")
+    return KNOWN_CLUSTERS[name](int(count))
 
 
 def submit(request: Request, home: Home) -> Journal:
@@ -78,16 +54,14 @@ def submit(request: Request, home: Home) -> Journal:
     return journal
 
 
-def differences(given: JobSpec, kept: JobSpec) -> list[Problem]:
-    """Fields in which a job file departs from the spec that a job was started with."""
+def refuse_another_spec(given: JobSpec, kept: JobSpec) -> None:
+    """A job keeps its spec: a result that belongs to two would belong to none. Raises ``SpecError`` by field."""
     flat_given, flat_kept = (flatten(spec.model_dump(mode="json")) for spec in (given, kept))
-    return [
-        Problem(
-            name, f"{flat_given.get(name, 'absent')}: the job was started with {flat_kept.get(name, 'none')}; {REMEDY}"
-        )
+    remedy = "leave the file out to continue as started, or run it as a new job"
+    problems = [
+        Problem(name, flat_given.get(name), f"the job was started with {flat_kept.get(name, 'none')}", remedy)
         for name in {**flat_given, **flat_kept}
         if flat_given.get(name) != flat_kept.get(name)
     ]
-
-
-REMEDY = "leave the file out to continue as started, or run it as a new job"
+    if problems:
+        raise SpecError(problems)

@@ -131,7 +131,8 @@ def plan_table(plan: Row) -> Table:
 
 def memory_table(plan: Row) -> Table:
     """Memory per device by part, above what a process holds before it has a model."""
-    parts = [name for name in plan["candidates"][0]["memory"] if any(row["memory"][name] for row in plan["candidates"])]
+    first = plan["candidates"][0]["memory"]
+    parts = [name for name in first if any(row["memory"][name] for row in plan["candidates"])]
     table = _table("memory per device", *(name.replace("_", " ") for name in parts))
     for row in plan["candidates"]:
         table.add_row(row["name"], *(sized(row["memory"][name]) for name in parts))
@@ -147,14 +148,18 @@ def plan_line(plan: Row) -> str:
 
 def dry_run_table(built: Row) -> Table:
     """Every rank's part of one candidate."""
-    title = "parts add up to the model" if built["ok"] else "PARTS DO NOT ADD UP TO THE MODEL"
-    table = _table("rank", "tensor", "pipeline", "parameters", "weights")
-    table.title = f"{built['candidate']}: {built['total']:,} of {built['expected']:,} parameters: {title}"
-    table.title_justify = "left"
+    table = _table("rank", "tensor", "pipeline", "layers", "parameters", "weights")
     for row in built["ranks"]:
-        place = [str(row[name]) for name in ("rank", "tensor", "pipeline")]
+        place = [str(row[name]) for name in ("rank", "tensor", "pipeline", "layers")]
         table.add_row(*place, f"{row['parameters']:,}", sized(row["bytes"]))
     return table
+
+
+def dry_run_line(built: Row) -> str:
+    """Whether the parts are the model."""
+    verdict = "the parts add up to the model" if built["ok"] else "THE PARTS DO NOT ADD UP TO THE MODEL"
+    counts = f"{built['total']:,} of {built['expected']:,} parameters on {len(built['ranks'])} ranks"
+    return "\n".join([f"{built['candidate']}: {counts}: {verdict}", *built["problems"][:5]])
 
 
 def processes_table(processes: Sequence[Row]) -> Table:

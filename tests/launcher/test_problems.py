@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from launcher.problems import of_validation, of_yaml
 from launcher.spec import JobSpec
-from services.problems import of_validation, of_yaml
 
 GOOD: dict[str, Any] = {
     "name": "x",
@@ -43,7 +43,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> list[str]:
         ),
         (
             lambda d: d.update(name="A b"),
-            "name: \"A b\": use small letters, digits, '.', '_' and '-', at most 63 of them",
+            "name: \"A b\": should match pattern '^[a-z0-9][a-z0-9._-]{0,62}$'; use small letters, digits, ",
         ),
         (lambda d: d.update(candidates=[]), "candidates: should have at least 1 item, not 0"),
         (
@@ -59,7 +59,7 @@ def test_one_line_with_field_and_remedy(change: Callable[[dict[str, Any]], objec
 
 def test_unknown_field_far_from_all_lists_the_known_ones() -> None:
     (line,) = broken(lambda d: d["data"].update(zzz=1))
-    assert line.startswith("data.zzz: unknown field; known here: kind, train, validation")
+    assert line.startswith("data.zzz: unknown field; available: documents, field, kind, ")
 
 
 def test_every_wrong_field_has_its_own_line() -> None:
@@ -75,4 +75,4 @@ def test_long_values_are_cut() -> None:
 def test_yaml_errors_name_line_and_column() -> None:
     with pytest.raises(yaml.YAMLError) as caught:
         yaml.safe_load("a: 1\nb: [1, 2\nc: 3\n")
-    assert str(of_yaml(caught.value)).startswith("line 3, column 2: not valid YAML: ")
+    assert str(of_yaml(caught.value, "job.yaml")).startswith('"job.yaml": line 3, column 2: not valid YAML: ')
