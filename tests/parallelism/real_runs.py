@@ -41,19 +41,24 @@ def made_data(directory: Path) -> Path:
 
 
 def made_task(data: Path, root: Path, *, dropout: float = 0.1, steps: float = 12.5, **fields: Any) -> TrainTask:
-    """A 2-layer model for twelve steps, checkpoints every three in the background."""
+    """A 4-layer model for twelve steps, checkpoints every three in the background."""
     defaults: dict[str, Any] = {
         "budget": Budget(tokens=steps * STEP_TOKENS),
         "layout": Layout(),
         "checkpoint": CheckpointPolicy(steps=3),
         "evaluations": 3,
         "evaluation_tokens": 16 * LENGTH,
-        "training": TrainingConfig(global_batch=GLOBAL_BATCH, micro_batch=2, learning_rate=3e-3, precision="fp32"),
     }
+    layout = (defaults | fields)["layout"]
+    # Engine lean frees gradients as they come, so a step is one micro-batch.
+    micro_batch = GLOBAL_BATCH // layout.data if layout.engine == "lean" else 2
     return TrainTask(
         name="made",
         seed=3,
-        model=GPTConfig(layers=2, hidden=32, heads=4, kv_heads=2, vocab_size=257, context=LENGTH, dropout=dropout),
+        model=GPTConfig(layers=4, hidden=32, heads=4, kv_heads=2, vocab_size=257, context=LENGTH, dropout=dropout),
+        training=TrainingConfig(
+            global_batch=GLOBAL_BATCH, micro_batch=micro_batch, learning_rate=3e-3, precision="fp32"
+        ),
         data_dir=str(data),
         sequence_length=LENGTH,
         checkpoint_dir=str(root),

@@ -102,7 +102,15 @@ def test_a_budget_in_flops_is_never_exceeded(tmp_path, data, steps):
 
 @pytest.mark.parametrize(
     ("layout", "asynchronous"),
-    [({}, True), ({"tensor": 2}, True), ({"tensor": 2}, False), ({"data": 2}, True), ({"data": 2}, False)],
+    [
+        ({}, True),
+        ({"tensor": 2}, True),
+        ({"tensor": 2}, False),
+        ({"data": 2}, True),
+        ({"data": 2}, False),
+        ({"pipeline": 2, "virtual_pipeline": 2}, True),
+        ({"engine": "lean"}, True),
+    ],
     ids=str,
 )
 def test_stopped_at_a_random_step_and_resumed_a_run_ends_with_the_same_bits(
