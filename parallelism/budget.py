@@ -81,7 +81,7 @@ class Burnt:
 
 
 class Stopwatch:
-    """What a process group burns: earlier attempts plus everything since this object was made, start-up included."""
+    """What a process group burns: earlier attempts plus everything since: start-up, evaluation, checkpoints."""
 
     def __init__(self, devices: int, earlier: Burnt) -> None:
         self._devices = devices
