@@ -131,7 +131,7 @@ def plan(
     if as_json:
         _print_json(document)
     else:
-        for part in (tables.plan_table(document), "", tables.memory_table(document), "", tables.plan_line(document)):
+        for part in (tables.plan_table(document), "", tables.memory_table(document), "", *tables.plan_lines(document)):
             stdout.print(part)
         for built in document.get("dry_run", []):
             stdout.print("", tables.dry_run_line(built), tables.dry_run_table(built), sep="\n")

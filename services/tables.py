@@ -139,11 +139,12 @@ def memory_table(plan: Row) -> Table:
     return table
 
 
-def plan_line(plan: Row) -> str:
-    """The whole job in one line."""
+def plan_lines(plan: Row) -> list[str]:
+    """The whole job in one line, and what there is to say about single candidates."""
     text = f"{plan['variants']} variants; about {clock(plan['seconds'])} of training one after the other"
     text += f"; up to {sized(plan['disk_bytes'])} of disk"
-    return text + (f"; cost {plan['cost']:.2f}" if plan["cost"] else "")
+    text += f"; cost {plan['cost']:.2f}" if plan["cost"] else ""
+    return [text, *(f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"])]
 
 
 def dry_run_table(built: Row) -> Table:
