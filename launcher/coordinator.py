@@ -53,6 +53,7 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
             _write_servers(journal, options.address)
             job = JobContext(journal, spec, room, control, Nodes(str(journal.directory)).collect, rank_function)
             state, error = _work(job, stages)
+            _write_servers(journal, options.address, "process_ended")
             _end(journal, state, error)
     except StaleEpochError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -63,11 +64,11 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
     return {JobState.SUCCEEDED: EXIT_DONE, JobState.FAILED: EXIT_FAILED}.get(state, EXIT_STOPPED)
 
 
-def _write_servers(journal: Journal, address: str) -> None:
+def _write_servers(journal: Journal, address: str, kind: str = "process_started") -> None:
     """A cluster of this process's own belongs to the job as its workers do."""
     if address == OWN:
         for name, pid in own_servers():
-            journal.append("process_started", {"role": "ray", "name": name, "pid": pid, "node": socket.gethostname()})
+            journal.append(kind, {"role": "ray", "name": name, "pid": pid, "node": socket.gethostname()})
 
 
 def _work(job: JobContext, stages: Sequence[Stage]) -> tuple[JobState, str | None]:

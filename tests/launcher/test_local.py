@@ -97,7 +97,7 @@ def test_jobs_are_found_by_id_beginning_and_last(tmp_path: Path) -> None:
     first, second = create_job(spec, home, "tiny-aaa111"), create_job(spec, home, "tiny-bbb222")
     assert create_job(spec, home).job_id.startswith("tiny-")
     assert [job.job_id for job in list_jobs(home)][:2] == ["tiny-aaa111", "tiny-bbb222"]
-    assert find_job(home, "tiny-a").directory == first.directory
+    assert find_job(home, "tiny-aaa").directory == first.directory
     assert find_job(home, "tiny-bbb222").directory == second.directory
     assert find_job(home, "last").job_id not in ("tiny-aaa111", "tiny-bbb222")
     with pytest.raises(JobError, match="'tiny' is not unique"):

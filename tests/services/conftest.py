@@ -32,7 +32,12 @@ def small_job(folder: Path) -> dict[str, Any]:
         },
         "budget": {"tokens": 12_000},
         "candidates": [
-            {"name": "small", "model": {"family": "gpt", "layers": 1, "hidden": 32, "heads": 2}, "training": training},
+            {
+                "name": "small",
+                "model": {"family": "gpt", "layers": 1, "hidden": 32, "heads": 2},
+                "layout": {},
+                "training": training,
+            },
             {
                 "name": "large",
                 "model": {"family": "gpt", "layers": 2, "hidden": 64, "heads": 4},

@@ -204,8 +204,8 @@ def test_errors_as_json_name_field_and_message(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("a: [1\nb: 2\n", "not valid YAML"),
-        ("", "the file is empty"),
-        ("- 1\n", "the file is a list"),
+        ("", "the document is empty"),
+        ("- 1\n", "the document is a list"),
     ],
 )
 def test_files_that_are_no_job_files(tmp_path: Path, content: str, said: str) -> None:
