@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--least-available-gib", type=float, default=19.0, help="refuse to start with less memory free")
-    parser.add_argument(
-        "--work", type=Path, default=None, help="where checkpoints lie meanwhile (2 × 8 bytes/parameter)"
-    )
+    parser.add_argument("--work", type=Path, default=None, help="where two checkpoints lie meanwhile")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results" / "gpt2_xl.json")
     options = parser.parse_args()
     available = psutil.virtual_memory().available / GIB
@@ -137,7 +136,7 @@ def make_task(options: argparse.Namespace, work: Path) -> TrainTask:
         training=TrainingConfig(
             global_batch=1,
             micro_batch=1,
-            learning_rate=1e-4,
+            learning_rate=options.learning_rate,
             schedule="constant",
             warmup_fraction=0.2,
             precision="fp32",
@@ -169,12 +168,11 @@ def run(task: TrainTask) -> dict[str, Any]:
         sender.close()
     try:
         results, least = collect([receiver for receiver, _ in pipes])
+        for process in ranks:
+            process.join(60)
     finally:
         for process in ranks:
-            if process.is_alive():
-                process.join(10)
-                process.kill()
-            process.join()
+            process.kill()
     return {**results[0], "peaks": [result["peak"] for result in results], "least_available": least}
 
 
@@ -183,9 +181,9 @@ def collect(receivers: list[Connection]) -> tuple[list[dict[str, Any]], int]:
     results: dict[int, dict[str, Any]] = {}
     least, deadline = psutil.virtual_memory().available, time.monotonic() + TIMEOUT_SECONDS
     while len(results) < len(receivers):
-        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
-        for receiver in wait(waiting, timeout=0.1):
-            results[receivers.index(receiver)] = receiver.recv()
+        for rank, receiver in enumerate(receivers):
+            if rank not in results and receiver.poll(0.1):
+                results[rank] = receiver.recv()
         least = min(least, psutil.virtual_memory().available)
         if least < LEAST_AVAILABLE_BYTES:
             sys.exit(f"stopped: only {least / GIB:.1f} GiB of memory were left on this machine")

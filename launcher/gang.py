@@ -257,7 +257,7 @@ class CandidateRun:
         self._progress_at = time.monotonic()
         if report.kind == "step":
             self._step, self._stepped = report.fields["step"], True
-            self._steps.append(report.fields)
+            self._steps.append({**report.fields, "time": report.time})
             return
         if report.kind == "stalled":
             self._stalled = report.fields

@@ -23,6 +23,8 @@ FITS = 0.92
 NEAR = 1.05
 """Layouts within this factor of the fastest count as equally fast; the one with the fewest devices is taken."""
 LARGEST_VIRTUAL = 4
+LEAST_STATE, LEAST_OFFLOADED = 8, 1
+"""Bytes per parameter that the thriftiest engine needs: fp32 weights and two bf16 moments; ZeRO-3 with offload."""
 LARGEST_CLUSTER = 16384
 """How far is searched for a cluster on which a model would fit."""
 
@@ -318,8 +320,14 @@ def _remedies(case: Case, cluster: Cluster, given: bool) -> str:
 
 def _enough(case: Case, cluster: Cluster) -> int | None:
     """The smallest power of two of devices on which the model fits."""
-    sizes = (2**power for power in range(LARGEST_CLUSTER.bit_length()))
+    sizes = (2**power for power in range(LARGEST_CLUSTER.bit_length()) if _may_fit(case, cluster, 2**power))
     return _first(sizes, lambda size: best_layout(case, _scaled(cluster, size)) is not None)
+
+
+def _may_fit(case: Case, cluster: Cluster, devices: int) -> bool:
+    """False where the bare state of the thriftiest engine does not fit on ``devices``."""
+    state = LEAST_OFFLOADED if cluster.host_memory_bytes_per_device else LEAST_STATE
+    return case.model.parameter_count() * state <= devices * room_bytes(cluster)
 
 
 def _scaled(cluster: Cluster, devices: int) -> Cluster:
@@ -328,6 +336,8 @@ def _scaled(cluster: Cluster, devices: int) -> Cluster:
 
 
 def _shorter(case: Case, cluster: Cluster) -> int | None:
+    if not _may_fit(case, cluster, cluster.devices):
+        return None
     lengths = (case.sequence_length >> shift for shift in range(1, case.sequence_length.bit_length() - 4))
     return _first(
         lengths,

@@ -72,11 +72,14 @@ def of_yaml(error: yaml.YAMLError, source: str) -> Problem:
 
 
 def shorten(value: object) -> str:
-    """A value where it is short enough to help; nothing for the inside of a document."""
+    """A value, its middle left out where it is long (paths differ at their end); nothing for a part of a document."""
     if value is None or isinstance(value, Mapping | list | tuple):
         return ""
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+    if len(text) <= LONGEST_VALUE:
+        return text
+    head = LONGEST_VALUE // 3
+    return f"{text[:head]}…{text[head + 1 - LONGEST_VALUE :]}"
 
 
 def _place(detail: Any, model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

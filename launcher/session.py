@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ LONGEST_TEMP_DIR = 30
 """AF_UNIX paths end at 107 bytes, and Ray appends up to 75 of its own."""
 
 
+START_SECONDS = 180.0
+START_FAILED_EXIT_CODE = 75
+"""``EX_TEMPFAIL``: whoever started the coordinator tries again."""
+
 SERVERS = ("gcs_server", "raylet", "log_monitor.py", "monitor.py", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent")
 
 
@@ -41,10 +47,11 @@ def ray_session(address: str, devices: int | None, threads: int, temp_dir: Path 
 
     ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores.
     """
-    if address == OWN:
-        _start_own((devices or default_devices(threads)) * threads, temp_dir)
-    else:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    with _limited_to(START_SECONDS):
+        if address == OWN:
+            _start_own((devices or default_devices(threads)) * threads, temp_dir)
+        else:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
         yield measure_room(threads, devices)
     finally:
@@ -76,6 +83,23 @@ def own_servers() -> list[tuple[str, int]]:
             if name:
                 servers.append((name, child.pid))
     return servers
+
+
+@contextmanager
+def _limited_to(seconds: float) -> Iterator[None]:
+    """End this process when the block takes longer: a start of Ray that hangs cannot be called off otherwise."""
+
+    def give_up() -> None:
+        print(f"Ray did not start within {seconds:g} s", file=sys.stderr, flush=True)
+        os._exit(START_FAILED_EXIT_CODE)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start_own(cpus: int, temp_dir: Path | None) -> None:

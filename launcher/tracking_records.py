@@ -104,13 +104,9 @@ class Translation:
 
     def _steps(self, event: Mapping[str, Any]) -> None:
         changes = self.of(event["candidate"], event)
-        rows = event["steps"]
-        # The event was written when its last step ended; the earlier ones ended before.
-        later_seconds = sum(row.get("seconds", 0.0) for row in rows)
-        for row in rows:
-            later_seconds -= row.get("seconds", 0.0)
+        for row in event["steps"]:
             if self.is_new(f"{event['candidate']}:train", row["step"]):
-                milliseconds = _milliseconds(event["time"] - later_seconds)
+                milliseconds = _milliseconds(row["time"])
                 changes.metrics += [
                     Point(key, value, row["step"], milliseconds) for key, value in _training_values(row).items()
                 ]

@@ -199,7 +199,8 @@ def _train_checkpoint(view: JobView, event: Event) -> None:
     candidate = _gang_event(view, event)
     if candidate and candidate.gang:
         candidate.gang.checkpoint_step = max(candidate.gang.checkpoint_step, event["step"])
-        candidate.gang.checkpoint_device_seconds = event["gang_device_seconds"]
+        earlier = candidate.device_seconds - candidate.gang.device_seconds
+        candidate.gang.checkpoint_device_seconds = max(0.0, event["device_seconds"] - earlier)
 
 
 def _gang_ended(view: JobView, event: Event) -> None:

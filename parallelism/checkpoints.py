@@ -188,6 +188,7 @@ class Checkpoints:
             stall_seconds=write.stall_seconds,
             write_seconds=time.monotonic() - write.started,
             asynchronous=write.asynchronous,
+            device_seconds=write.metrics.burnt.device_seconds,
         )
 
     def _commit(self, write: _Write) -> None:

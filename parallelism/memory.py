@@ -4,8 +4,9 @@ Everything is above what a process holds once it has imported its libraries and 
 :data:`BASELINE_BYTES`. Measured against real processes by ``benchmarks/memory``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from pydantic import NonNegativeInt
@@ -77,25 +78,44 @@ def memory_per_rank(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def parameter_tensors(config: ModelConfig, layout: Layout, stage: Stage) -> Iterator[int]:
-    """Elements of every parameter that a rank of ``stage`` holds."""
-    for name, shape in config.parameter_shapes().items():
-        for _ in range(_copies(name, config, layout, stage)):
-            yield prod(shape) // (layout.tensor if _is_split(name) else 1)
-
-
 def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
     """Parameters on a rank of every pipeline stage, copies of tied embeddings included."""
-    return [sum(parameter_tensors(config, layout, stage)) for stage in stages(config, layout)]
+    return [_held(config, layout.tensor, stage).total for stage in stages(config, layout)]
 
 
-def _copies(name: str, config: ModelConfig, layout: Layout, stage: Stage) -> int:
-    """How often a parameter of the whole model stands for one of this stage: layer 0 stands for all of its layers."""
+@dataclass(frozen=True)
+class _Held:
+    """Parameters that one rank holds, and the number of elements of the largest of them."""
+
+    total: int
+    largest: int
+
+
+@lru_cache(maxsize=4096)
+def _held(config: ModelConfig, tensor: int, stage: Stage) -> _Held:
+    total, largest = 0, 0
+    shapes = _shapes(config)
+    for name, shape in shapes.items():
+        elements = prod(shape) // (tensor if _is_split(name) else 1)
+        copies = _copies(name, shapes, stage)
+        total += copies * elements
+        largest = max(largest, elements if copies else 0)
+    return _Held(total, largest)
+
+
+@lru_cache(maxsize=256)
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter outside the layers, and those of layer 0: layers are alike."""
+    return config.model_copy(update={"layers": 1}).parameter_shapes()
+
+
+def _copies(name: str, shapes: Mapping[str, tuple[int, ...]], stage: Stage) -> int:
+    """How often a rank of ``stage`` holds a parameter; tied embeddings stand on the first stage and on the last."""
     if name.startswith("layers."):
-        return stage.layers if name.startswith("layers.0.") else 0
+        return stage.layers
     if name.startswith(("final_norm.", "output.")):
         return int(stage.last)
-    is_tied = name == "embedding.tokens" and "output.weight" not in config.parameter_shapes()
+    is_tied = name == "embedding.tokens" and "output.weight" not in shapes
     return int(stage.first or (is_tied and stage.last))
 
 
@@ -111,10 +131,10 @@ def _is_split(name: str) -> bool:
 def _stage_memory(
     config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, stage: Stage
 ) -> MemoryEstimate:
-    tensors = list(parameter_tensors(config, layout, stage))
+    held = _held(config, layout.tensor, stage)
+    parameters = held.total
     state = _State.of(layout, training)
     working = _working_precision(training)
-    largest, parameters = max(tensors), sum(tensors)
     activations = _activations(config, layout, training, sequence_length, stage)
     return MemoryEstimate(
         weights=round(parameters * state.weights),
@@ -123,7 +143,7 @@ def _stage_memory(
         moments=round(parameters * state.moments),
         activations=activations,
         logits=_logits(config, layout, training, sequence_length) if stage.last else 0,
-        buffers=largest * working,
+        buffers=held.largest * working,
         offloaded=round(parameters * state.offloaded),
     )
 
@@ -214,8 +234,8 @@ def _layer_bytes_per_token(config: ModelConfig, layout: Layout, training: Traini
     shared = 4 * config.hidden / _sequence_shards(layout)
     # Queries, keys and values; the attention's output, as the kernel left it and as the next product takes it.
     split = (heads + 2 * groups) + 2 * heads
-    # Both sides of the activation function; of a gated unit the gate, its activation, the other half, the product.
-    split += (4 if config.gated else 2) * config.feed_forward
+    # What goes into the activation function (of a gated unit both halves) and what comes out.
+    split += (3 if config.gated else 2) * config.feed_forward
     return (shared + split / layout.tensor) * _working_precision(training)
 
 

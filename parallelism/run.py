@@ -7,7 +7,8 @@ What is reported, as (kind, fields); training facts come from rank 0:
   device_seconds}: totals of the progress; rate, norm and speed of this step
 - ``evaluating`` {step, done, samples}: a long evaluation is alive
 - ``evaluation`` {step, tokens, flops, validation_loss}
-- ``checkpoint`` {step, path, stall_seconds, write_seconds, asynchronous}
+- ``checkpoint`` {step, path, stall_seconds, write_seconds, asynchronous, device_seconds}: burnt by all process groups
+  when the state was taken
 - ``checkpoint_failed`` {step, error, attempt}
 - ``finished`` {reason, step, samples, tokens, flops, device_seconds, wall_seconds, fraction, checkpoint, train_loss,
   validation_loss, peak_memory_bytes, baseline_memory_bytes}

@@ -1,5 +1,6 @@
 """MLflow's own web interface on the store of a home, on this machine only."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -73,14 +74,14 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log_path:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        if server.poll() is not None:
-            return
-        os.killpg(server.pid, signal_number)
-        try:
+    """Ask the whole group to end; what has not followed the server then (a worker just starting) is killed."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def _is_free(port: int) -> bool:

@@ -11,7 +11,9 @@ import argparse
 import json
 import multiprocessing
 import sys
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +138,32 @@ def run(task: TrainTask, case: Case) -> list[dict[str, Any]]:
 
     store = host_store()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(task.layout.world_size, maxtasksperchild=1) as pool:
-        jobs = [pool.apply_async(rank_main, (rank, store.port, task, case)) for rank in range(task.layout.world_size)]
-        return [job.get(TIMEOUT_SECONDS) for job in jobs]
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = [(rank, store.port, task, case, sender) for rank in range(task.layout.world_size)]
+    ranks = [context.Process(target=rank_main, args=argument, daemon=True) for argument in arguments]
+    for rank in ranks:
+        rank.start()
+    sender.close()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    reports: list[dict[str, Any]] = []
+    try:
+        while len(reports) < len(ranks):
+            if receiver.poll(1.0):
+                reports.append(receiver.recv())
+            elif any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
+                raise RuntimeError(f"{case.name}: exit codes {[rank.exitcode for rank in ranks]}")
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return sorted(reports, key=lambda report: report["rank"])
 
 
-def rank_main(rank: int, port: int, task: TrainTask, case: Case) -> dict[str, Any]:
+def rank_main(rank: int, port: int, task: TrainTask, case: Case, sender: Connection) -> None:
     """One rank: connect, note the baseline, train, report."""
     import numpy as np
     from torch.distributed import TCPStore
 
     from parallelism import device
-    from parallelism.engines import base, lean, megatron  # noqa: F401 - imported before the baseline is taken
     from parallelism.registry import ENGINES, FAMILIES, load
 
     store = TCPStore("127.0.0.1", port, is_master=False)
@@ -160,14 +176,13 @@ def rank_main(rank: int, port: int, task: TrainTask, case: Case) -> dict[str, An
     built = memory("VmRSS")
     generator = np.random.default_rng(rank // (task.layout.tensor * task.layout.pipeline))
     shape = (case.micro_batch, case.sequence_length + 1)
-    losses = []
     for _ in range(STEPS):
         rows = [generator.integers(0, task.model.vocab_size, shape) for _ in range(case.micro_batches)]
-        losses.append(engine.train_step([family.collate(row) for row in rows], 1e-4).loss)
-    assert np.isfinite(losses).all()
+        result = engine.train_step([family.collate(row) for row in rows], 1e-4)
+        assert np.isfinite(result.loss)
     peak = memory("VmHWM")
+    sender.send({"rank": rank, "baseline": baseline, "built": built - baseline, "peak": peak - baseline})
     device.disconnect()
-    return {"rank": rank, "baseline": baseline, "built": built - baseline, "peak": peak - baseline}
 
 
 def memory(field: str) -> int:

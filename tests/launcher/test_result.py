@@ -59,7 +59,14 @@ def test_burnt_work_is_summed_over_groups_and_attempts_and_progress_is_not(tmp_p
     _gang(first, 1)
     _steps(first, [1, 2, 3], 30.0)
     first.append(
-        "train.checkpoint", {"candidate": "small", "step": 3, "gang_device_seconds": 31.0, "gang_wall_seconds": 15.5}
+        "train.checkpoint",
+        {
+            "candidate": "small",
+            "step": 3,
+            "device_seconds": 31.0,
+            "gang_device_seconds": 33.0,
+            "gang_wall_seconds": 16.5,
+        },
     )
     _steps(first, [4, 5], 50.0)
     second = Journal(first.directory)
@@ -79,6 +86,7 @@ def test_burnt_work_is_summed_over_groups_and_attempts_and_progress_is_not(tmp_p
     assert candidate["train_loss"] == 5.0 - 0.6
     assert result_document(first)["attempts"] == 2
     view = second.view().candidate("small")
+    assert [gang.checkpoint_device_seconds for gang in view.gangs] == [31.0, 0.0]
     assert [gang.lost_steps for gang in view.gangs] == [2, 3]
     assert view.gangs[0].lost_device_seconds == 19.0
 

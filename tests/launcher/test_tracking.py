@@ -76,6 +76,7 @@ def train(journal: Journal, candidate: str, first: int, last: int, batch: int = 
 def training_step(step: int) -> dict[str, float]:
     return {
         "step": step,
+        "time": 1.7e9 + 0.02 * step,
         "loss": 8.0 / step,
         "learning_rate": 1e-3,
         "gradient_norm": 1.0,
@@ -348,20 +349,20 @@ def test_deleted_runs_are_fed_again_from_the_beginning(journal: Journal, uri: st
 
 def test_repeated_steps_are_left_out_and_a_diverged_loss_is_kept() -> None:
     translation = Translation({"small:train": 2})
-    steps = [{"step": 2, "loss": 1.0, "seconds": 2.0}, {"step": 3, "loss": "nan", "seconds": 2.0}]
+    steps = [{"step": 2, "loss": 1.0, "time": 98.0}, {"step": 3, "loss": "nan", "time": 99.5}]
     translation.add({"kind": "train.step", "number": 9, "time": 100.0, "candidate": "small", "steps": steps})
     points = [point for point in translation.changes["small"].metrics if point.key == "train_loss"]
-    assert [(point.step, point.milliseconds) for point in points] == [(3, 100_000)]
+    assert [(point.step, point.milliseconds) for point in points] == [(3, 99_500)]
     assert math.isnan(points[0].value)
     assert translation.last_steps == {"small:train": 3}
 
 
-def test_steps_of_one_event_are_dated_back_by_the_seconds_of_the_later_ones() -> None:
+def test_steps_have_the_time_of_the_rank_and_not_of_the_event_that_brings_them() -> None:
     translation = Translation({})
-    steps = [{"step": step, "loss": 1.0, "seconds": 0.5 * step} for step in (1, 2, 3)]
+    steps = [{"step": step, "loss": 1.0, "time": 90.0 + step} for step in (1, 2, 3)]
     translation.add({"kind": "train.step", "number": 1, "time": 100.0, "candidate": "small", "steps": steps})
     times = [point.milliseconds for point in translation.changes["small"].metrics if point.key == "train_loss"]
-    assert times == [97_500, 98_500, 100_000]
+    assert times == [91_000, 92_000, 93_000]
 
 
 def test_flatten_keeps_names_dotted_and_numbers_apart() -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parallelism.budget import Burnt, Progress
+from parallelism.budget import Burnt, Progress, Stopwatch
 from parallelism.result import DivergedError, TrainResult
 from parallelism.stop import StopRequest
 from parallelism.training import TrainTask
@@ -65,7 +65,7 @@ def pretend_to_train(task: TrainTask, report: Say, stop: StopRequest) -> TrainRe
     """
     from parallelism.checkpoint_store import CheckpointStore, Metrics, read_info
 
-    store = CheckpointStore(task.checkpoint_dir)
+    store, watch = CheckpointStore(task.checkpoint_dir), Stopwatch(1, Burnt(task.burnt_device_seconds))
     info = read_info(task.resume_from) if task.resume_from else None
     progress = info.progress if info else Progress()
     total = int((info.path / "sum").read_text()) if info else 0
@@ -80,10 +80,10 @@ def pretend_to_train(task: TrainTask, report: Say, stop: StopRequest) -> TrainRe
         report("step", {"step": progress.step, "loss": 1 / progress.step, "tokens": progress.tokens, "flops": 0.0})
         if progress.step % (task.checkpoint.steps or 10) == 0:
             path = _save(store, task, progress, total)
-            report("checkpoint", {"step": progress.step, "path": str(path)})
+            report("checkpoint", _facts(progress.step, path, watch))
     if path is None or not path.name.endswith(f"{progress.step:08d}"):
         path = _save(store, task, progress, total)
-        report("checkpoint", {"step": progress.step, "path": str(path)})
+        report("checkpoint", _facts(progress.step, path, watch))
     reason = stop.reason or "budget"
     assert store.complete()[-1].metrics == Metrics()
     report("finished", {"reason": reason, "step": progress.step})
@@ -109,3 +109,7 @@ def _save(store: Any, task: TrainTask, progress: Progress, total: int) -> Path:
     store.commit(directory, task, progress, Metrics())
     store.keep_newest(task.checkpoint.keep)
     return directory
+
+
+def _facts(step: int, path: Path, watch: Stopwatch) -> dict[str, Any]:
+    return {"step": step, "path": str(path), "device_seconds": watch.burnt().device_seconds}

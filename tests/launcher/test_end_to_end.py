@@ -1,0 +1,180 @@
+"""A real job from text to verified exports; the same job under fire ends with the same bits."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.jobs import Home, create_job, run_job, stop_job
+from launcher.journal import Journal
+from launcher.result import result_document
+from launcher.spec import JobSpec
+from launcher.states import JobState
+from tests.launcher.fingerprint import fingerprint
+from tests.launcher.test_coordinator import left_behind
+
+STEPS, BATCH, LENGTH = 30, 8, 32
+SMALL = {"name": "small", "model": {"family": "gpt", "layers": 1, "hidden": 32, "heads": 2}}
+LARGE = {"name": "large", "model": {"family": "gpt", "layers": 2, "hidden": 64, "heads": 2}, "layout": {"tensor": 2}}
+WORDS = ["tree", "branch", "leaf", "espalier", "frame", "garden", "prune", "grow", "wall", "fruit"]
+
+
+def _spec(text: Path, candidates: list[dict[str, Any]], **changes: Any) -> JobSpec:
+    text.mkdir(exist_ok=True)
+    for number in range(30):
+        chooser = random.Random(number)
+        (text / f"{number:02d}.txt").write_text(" ".join(chooser.choice(WORDS) for _ in range(300)))
+    training = {"global_batch": BATCH, "micro_batch": 4}
+    document = {
+        "name": "tiny",
+        "seed": 7,
+        "data": {
+            "train": [str(text / "*.txt")],
+            "validation": 0.1,
+            "tokenizer": {"kind": "bytes"},
+            "sequence_length": LENGTH,
+        },
+        "budget": {"tokens": STEPS * BATCH * LENGTH + 100},
+        "candidates": [candidate | {"training": training} for candidate in candidates],
+        "evaluation": {"tokens": 1024},
+        "execution": {"devices": 2, "checkpoint_every": {"steps": 5}},
+    }
+    return JobSpec.model_validate(document | changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    """The large candidate alone, trained in peace."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    home = Home(folder / "home")
+    journal = create_job(_spec(folder / "text", [LARGE], export={"variants": "none"}), home)
+    assert run_job(home, journal.job_id) is JobState.SUCCEEDED
+    return journal
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    """The whole line; a rank is killed in training, and the coordinator when the first variant has been measured."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    home = Home(folder / "home")
+    compression = {
+        "prune": {"methods": ["magnitude"], "sparsity": [0.5]},
+        "quantize": {"methods": ["rtn"], "bits": [4], "group_size": 32},
+    }
+    journal = create_job(_spec(folder / "text", [SMALL, LARGE], compression=compression), home)
+    states: list[JobState] = []
+    thread = threading.Thread(target=lambda: states.append(run_job(home, journal.job_id)), daemon=True)
+    thread.start()
+    try:
+        _until(lambda: journal.view().candidate("large").latest.get("step", 0) >= 12)
+        os.kill(_pid(journal, "rank", candidate="large", rank=1), signal.SIGKILL)
+        _until(lambda: journal.view().variants)
+        os.kill(_pid(journal, "coordinator"), signal.SIGKILL)
+        thread.join(240)
+    finally:
+        if thread.is_alive():
+            stop_job(home, journal.job_id)
+    assert states == [JobState.SUCCEEDED], journal.view().error
+    return journal
+
+
+def _pid(journal: Journal, role: str, **fields: Any) -> int:
+    events = [event for event in journal.view().processes.values() if event["role"] == role]
+    return [event["pid"] for event in events if all(event[name] == value for name, value in fields.items())][-1]
+
+
+def _until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def _candidate(journal: Journal, name: str) -> dict[str, Any]:
+    return next(row for row in result_document(journal)["candidates"] if row["name"] == name)
+
+
+@pytest.mark.timeout(600)
+def test_kills_leave_the_weights_as_they_were_bit_for_bit(undisturbed: Journal, disturbed: Journal) -> None:
+    calm, stormy = _candidate(undisturbed, "large"), _candidate(disturbed, "large")
+    expected = fingerprint(calm["checkpoint"])
+    assert len(expected) > 30
+    assert any(key.startswith("optimizer.state.exp_avg_sq") for key in expected)
+    assert fingerprint(stormy["checkpoint"]) == expected
+    for name in ("steps", "tokens", "flops", "train_loss", "validation_loss"):
+        assert stormy[name] == calm[name], name
+    assert calm["restarts"] == 0
+    assert stormy["restarts"] == 1
+    (restart,) = disturbed.view().candidate("large").restarts
+    assert restart["reason"] == "rank died"
+    assert restart["from_step"] % 5 == 0
+    assert 0 < stormy["lost_device_seconds"] < stormy["device_seconds"]
+
+
+@pytest.mark.timeout(600)
+def test_the_budget_is_spent_to_the_last_whole_step(disturbed: Journal) -> None:
+    for name in ("small", "large"):
+        candidate = _candidate(disturbed, name)
+        assert (candidate["steps"], candidate["tokens"]) == (STEPS, STEPS * BATCH * LENGTH)
+        assert candidate["train_loss"] < 5.0
+
+
+@pytest.mark.timeout(600)
+def test_what_was_done_before_the_coordinator_died_is_not_done_again(disturbed: Journal) -> None:
+    events = list(disturbed.events())
+    assert disturbed.view().epoch == 2
+    done = [event["stage"] for event in events if event["kind"] == "stage_done"]
+    assert len(done) == len(set(done))
+    second = next(event["number"] for event in events if event["kind"] == "attempt_started" and event["epoch"] == 2)
+    later = [event["kind"] for event in disturbed.events(second)]
+    assert "gang_started" not in later
+    assert "layer_compressed" not in later
+    stages = {event["stage"] for event in disturbed.events(second) if event["kind"] == "stage_started"}
+    assert stages <= {"evaluate", "export", "verify", "report"}
+
+
+@pytest.mark.timeout(600)
+def test_the_result_document_holds_every_variant_with_its_frontier_and_files(disturbed: Journal) -> None:
+    document = result_document(disturbed)
+    json.dumps(document, allow_nan=False)
+    assert document["state"] == "succeeded"
+    variants = {row["name"]: row for row in document["variants"]}
+    recipes = ("dense", "magnitude-s50", "rtn-w4g32")
+    assert set(variants) == {f"{candidate}/{recipe}" for candidate in ("small", "large") for recipe in recipes}
+    for name, row in variants.items():
+        assert Path(row["path"]).stat().st_size == row["bytes"], name
+        assert row["sparsity"] == pytest.approx(0.5 if "s50" in name else 0.0, abs=0.01)
+        assert (row["export_bytes"] is not None) == row["on_frontier"], name
+        beaten = any(
+            other["bytes"] < row["bytes"] and other["quality"]["value"] < row["quality"]["value"]
+            for other in variants.values()
+        )
+        assert row["on_frontier"] != beaten or not beaten, name
+    for candidate in ("small", "large"):
+        dense = variants[f"{candidate}/dense"]
+        assert dense["bits_per_parameter"] == pytest.approx(16.0, rel=0.1)
+        assert variants[f"{candidate}/rtn-w4g32"]["bytes"] < 0.5 * dense["bytes"]
+        # The dense variant is the trained model in bf16, measured on the same text as in training.
+        trained = _candidate(disturbed, candidate)["validation_loss"]
+        assert dense["metrics"]["validation_loss"] == pytest.approx(trained, abs=0.02)
+    verified = disturbed.stage("verify").outputs["verifications"]
+    assert len(verified) == sum(row["on_frontier"] for row in variants.values())
+    for name in ("frontier.md", "frontier.png", "frontier.json"):
+        assert (disturbed.report_dir / name).stat().st_size > 0
+
+
+@pytest.mark.timeout(600)
+def test_every_process_is_in_the_journal_and_gone(undisturbed: Journal, disturbed: Journal) -> None:
+    started = [event for event in disturbed.events() if event["kind"] == "process_started"]
+    assert {event["role"] for event in started} == {"coordinator", "ray", "rank", "worker"}
+    ranks = [(event["candidate"], event["gang"], event["rank"]) for event in started if event["role"] == "rank"]
+    assert sorted(rank for candidate, gang, rank in ranks if (candidate, gang) == ("large", 2)) == [0, 1]
+    assert left_behind(disturbed) == []
+    assert left_behind(undisturbed) == []
