@@ -82,7 +82,10 @@ def _size_problems(layout: Layout, cluster: Cluster) -> Iterator[Problem]:
 
 def divisible_by_tensor(model: ModelConfig) -> dict[str, int]:
     """What tensor parallelism divides, by its name in the model."""
-    widths = {"heads": model.heads, "kv_heads": getattr(model, "query_groups", model.heads)}
+    widths = {"heads": model.heads}
+    groups = getattr(model, "query_groups", model.heads)
+    if groups != model.heads:
+        widths["kv_heads"] = groups
     if hasattr(model, "feed_forward"):
         widths["ffn_hidden"] = model.feed_forward
     return widths | {"the padded vocabulary": model.padded_vocab_size}

@@ -1,8 +1,8 @@
 """Build every rank's part of a model on meta tensors, and check that the parts add up to the model.
 
 One process plays all ranks in turn, on torch's fake process group; nothing is allocated, so that models of any size
-can be tried on any machine. ``python -m parallelism.dryrun`` reads ``{"model", "layout"[, "training"]}`` from
-standard input and prints a :class:`DryRun`, both as JSON.
+can be tried on any machine. ``python -m parallelism.dryrun`` reads ``{"model", "layout", "training",
+"sequence_length"}`` from standard input and prints a :class:`DryRun`, both as JSON.
 """
 
 import json
@@ -23,6 +23,7 @@ from parallelism.checkpoint_store import read_model
 from parallelism.engines import state
 from parallelism.engines.megatron import build_chunks
 from parallelism.layout import Layout
+from parallelism.memory import memory_by_stage
 from parallelism.models.base import ModelConfig, ShardedFamily
 from parallelism.options import Options
 from parallelism.registry import FAMILIES, load
@@ -38,6 +39,9 @@ class RankPart(Options):
     layers: NonNegativeInt
     parameters: PositiveInt
     bytes: PositiveInt
+    """Of the weights alone."""
+    memory_bytes: PositiveInt
+    """What the rank is estimated to need at its peak (:mod:`parallelism.memory`), above its baseline."""
 
 
 class DryRun(Options):
@@ -54,14 +58,15 @@ class DryRun(Options):
     """Weights of which a part is missing or held as an original twice."""
 
 
-def dry_run(config: ModelConfig, layout: Layout, training: TrainingConfig) -> DryRun:
-    """Build the parts of ``config`` at ``layout``; ``training.precision`` must be resolved.
+def dry_run(config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int) -> DryRun:
+    """Build the parts of ``config`` at ``layout``; ``training`` holds no ``auto``.
 
     The caller's process must not be in a process group. Raises ``ValueError`` or ``AssertionError`` of megatron-core
     where the model cannot be spread like this.
     """
     replica = layout.model_copy(update={"data": 1})
     family: ShardedFamily = load(FAMILIES[config.family].sharded)
+    memory = [estimate.total for estimate in memory_by_stage(config, layout, training, sequence_length)]
     parts: list[RankPart] = []
     originals: dict[str, int] = {}
     shapes: dict[str, int] = {}
@@ -69,7 +74,7 @@ def dry_run(config: ModelConfig, layout: Layout, training: TrainingConfig) -> Dr
         with _acting_as(rank, replica):
             chunks = _build(family, config, replica, training)
             blocks = [block for stored in state.stored_parameters(chunks) for block in stored.blocks]
-            parts.append(_part(rank, chunks, blocks))
+            parts.append(_part(rank, chunks, blocks, memory))
         for block in blocks:
             shapes[block.key] = math.prod(block.global_shape)
             if not any(block.replica_id):
@@ -116,17 +121,22 @@ def _build(
         return build_chunks(family, config, layout, megatron)
 
 
-def _part(rank: int, chunks: Sequence[torch.nn.Module], blocks: Sequence[ShardedTensor]) -> RankPart:
+def _part(
+    rank: int, chunks: Sequence[torch.nn.Module], blocks: Sequence[ShardedTensor], memory: Sequence[int]
+) -> RankPart:
+    """What this rank holds; ``memory`` is the estimate of every pipeline stage in bytes."""
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     held = [parameter for chunk in chunks for parameter in chunk.parameters()]
     assert all(parameter.is_meta for parameter in held)
     layers = {block.key.split(".")[2] for block in blocks if block.key.startswith("decoder.layers.")}
     return RankPart(
         rank=rank,
         tensor=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline=pipeline_rank,
         layers=len(layers),
         parameters=sum(parameter.numel() for parameter in held),
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in held),
+        memory_bytes=memory[pipeline_rank],
     )
 
 
@@ -136,7 +146,8 @@ def main() -> int:
     result = dry_run(
         read_model(request["model"]),
         Layout.model_validate(request["layout"]),
-        TrainingConfig.model_validate(request.get("training", {"precision": "bf16"})),
+        TrainingConfig.model_validate(request["training"]),
+        request["sequence_length"],
     )
     print(result.model_dump_json())
     return 0 if result.ok else 1

@@ -74,8 +74,15 @@ def memory_per_rank(
     attention keep them (after Korthikanti et al. 2022, equations 1 to 4, without the scores), times the micro-batches
     in flight under 1F1B.
     """
-    estimates = [_stage_memory(config, layout, training, sequence_length, stage) for stage in stages(config, layout)]
+    estimates = memory_by_stage(config, layout, training, sequence_length)
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def memory_by_stage(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int
+) -> list[MemoryEstimate]:
+    """The estimate of a rank of every pipeline stage, in their order; see :func:`memory_per_rank`."""
+    return [_stage_memory(config, layout, training, sequence_length, stage) for stage in stages(config, layout)]
 
 
 def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:

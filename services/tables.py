@@ -149,10 +149,10 @@ def plan_lines(plan: Row) -> list[str]:
 
 def dry_run_table(built: Row) -> Table:
     """Every rank's part of one candidate."""
-    table = _table("rank", "tensor", "pipeline", "layers", "parameters", "weights")
+    table = _table("rank", "tensor", "pipeline", "layers", "parameters", "weights", "memory")
     for row in built["ranks"]:
         place = [str(row[name]) for name in ("rank", "tensor", "pipeline", "layers")]
-        table.add_row(*place, f"{row['parameters']:,}", sized(row["bytes"]))
+        table.add_row(*place, f"{row['parameters']:,}", sized(row["bytes"]), sized(row["memory_bytes"]))
     return table
 
 

@@ -17,7 +17,13 @@ TURING_LAYER = 12 * 4256**2 + 13 * 4256
 
 
 def dry_run(model: dict[str, Any], **layout: Any) -> dict[str, Any]:
-    request = {"model": resolve_model(model).model_dump(), "layout": Layout(**layout).model_dump()}
+    training = {"precision": "bf16", "global_batch": 32, "micro_batch": 1}
+    request = {
+        "model": resolve_model(model).model_dump(),
+        "layout": Layout(**layout).model_dump(),
+        "training": training,
+        "sequence_length": 1024,
+    }
     command = [sys.executable, "-W", "ignore", "-m", "parallelism.dryrun"]
     ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -49,6 +55,8 @@ def test_megatron_8_3b_at_32_ranks() -> None:
     assert {row["layers"] for row in built["ranks"]} == {18}
     estimated = parameters_per_rank(resolve_model({"preset": "megatron-8.3b"}), Layout(tensor=8, pipeline=4))
     assert [row["parameters"] for row in built["ranks"][::8]] == estimated
+    # Weights in bf16, gradients, master weights and two moments in fp32: 18 bytes, and activations on top.
+    assert all(18 * row["parameters"] < row["memory_bytes"] < 30e9 for row in built["ranks"])
 
 
 def test_turing_nlg_17b_has_uneven_stages() -> None:
