@@ -5,7 +5,7 @@ weights is in memory whatever the depth; they are carried for as many sequences 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,11 +113,15 @@ def _advance(model: Weights, index: int, hidden: Tensor) -> None:
     """Take hidden states [n, S, D] through one layer, in place, a few sequences at a time."""
     weights = model.layer(index)
     family = plain_family(model.config)
-    # What a block holds at its widest: inputs and outputs of its matrices.
-    width = sum(weight.shape[0] for weight in weights.values() if weight.ndim == 2) + 4 * model.config.hidden
-    step = max(1, WORKING_BYTES // (4 * width * hidden.shape[1]))
-    for part in hidden.split(step):
+    for part in hidden.split(step_sequences(weights, model.config.hidden, hidden.shape[1])):
         part.copy_(family.layer(model.config, weights, part))
+
+
+def step_sequences(weights: Mapping[str, Tensor], hidden: int, length: int) -> int:
+    """Sequences of ``length`` tokens that go through a layer at once: as many as :data:`WORKING_BYTES` hold."""
+    # What a block holds at its widest: inputs and outputs of its matrices.
+    width = sum(weight.shape[0] for weight in weights.values() if weight.ndim == 2) + 4 * hidden
+    return max(1, WORKING_BYTES // (4 * width * length))
 
 
 def _count(model: Weights, hidden: Tensor, targets: Tensor, total: Tally) -> None:

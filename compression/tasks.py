@@ -7,27 +7,33 @@ committed is not made twice.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compression import compact
+from compression.allocation import strengths_of
+from compression.calibration import CalibrationFiles, calibrate_shard, read_statistics, shards, statistics_hash
 from compression.checks import check_names, check_recipes
 from compression.compact import CompactFile, CompactPart
 from compression.evaluation import held_out_sequences, tally
 from compression.export import export
-from compression.recipe import Recipe
+from compression.recipe import Allocations, Recipe
 from compression.results import LayerResult, MatrixFacts, Part, Quality, VariantFile
 from compression.solve import solve_layer, solve_outer
+from compression.source import open_weights, read_source
+from compression.structure import reduced_config
 from compression.verification import verify
 from compression.workspace import Workspace, inputs_hash
-from parallelism.checkpoint_store import read_info
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
 
 __all__ = [
+    "CalibrationText",
     "assemble",
+    "calibrate",
     "compress_layer",
     "compress_outer",
     "evaluate",
@@ -39,44 +45,89 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class _Solved:
-    """A file to write and the recipes it serves."""
+class CalibrationText:
+    """The held-in text that statistics are taken from: the first ``sequences`` of the training split's order."""
 
-    stem: str
-    content: CompactPart
-    facts: MatrixFacts
-    recipes: Sequence[Recipe]
+    data_dir: str
+    sequence_length: int
+    sequences: int
+    seed: int
+    damping: float
+
+    def batches(self) -> TokenBatches:
+        """The text."""
+        return TokenBatches(self.data_dir, "train", self.sequence_length, self.seed)
+
+
+def calibrate(source: str, text: CalibrationText, shard: int, out: str, *, device: str | None = None) -> float:
+    """Run one shard of the text through the model and commit, below ``out``, what its linear layers saw.
+
+    Layers that are committed are not run again. Returns the seconds it took. Raises ``ValueError`` for a damaged model.
+    """
+    weights, rows = open_weights(source, default_device(device)), text.batches().rows
+    positions = shards(text.sequences)[shard]
+    return calibrate_shard(weights, rows, positions, shard, CalibrationFiles(Path(out)), _text_hash(source, text))
 
 
 def compress_layer(
-    checkpoint: str, layer: int, recipes: list[Recipe], out: str, *, device: str | None = None
+    source: str,
+    layer: int,
+    recipes: list[Recipe],
+    out: str,
+    *,
+    text: CalibrationText | None = None,
+    allocations: Allocations | None = None,
+    device: str | None = None,
 ) -> LayerResult:
     """Compress one layer by every recipe and commit it below ``out``; committed already, it is not done again.
 
-    Raises ``ValueError`` for a damaged checkpoint, weights that are not finite, or recipes that do not fit the layer.
+    ``text`` is what ``out`` was calibrated with, where a recipe needs statistics. Raises ``ValueError`` for a damaged
+    model, weights that are not finite, or recipes that do not fit the layer.
     """
+    check_names(recipes)
+    place, model = default_device(device), read_source(source)
+    needs_text = any(recipe.needs_statistics for recipe in recipes)
+    inputs = _inputs(source, recipes, text if needs_text else None, allocations)
 
-    def solve(weights: CheckpointWeights) -> list[_Solved]:
-        check_recipes(weights.config, recipes)
-        tensors = weights.layer(layer)
-        _check_finite(tensors, f"layer {layer}, ")
-        solved = solve_layer(f"layers.{layer}.", tensors, recipes)
+    def solve() -> list[_Part]:
+        check_recipes(model.config, recipes)
+        tensors = open_weights(source, place).layer(layer)
+        check_finite(tensors, f"layer {layer}, ")
+        statistics = None
+        if needs_text:
+            assert text is not None, "some recipe needs statistics, and there is no text"
+            files = CalibrationFiles(Path(out))
+            statistics = read_statistics(files, layer, text.sequences, text.damping, place)
+        solved = solve_layer(model.config, tensors, recipes, statistics, strengths_of(allocations, layer))
+        prefix = f"layers.{layer}."
         return [
-            _Solved(recipe.name, content, facts, [recipe])
-            for recipe, (content, facts) in zip(recipes, solved, strict=True)
+            _Part(recipe.name, result.part(prefix), result.facts, [recipe])
+            for recipe, result in zip(recipes, solved, strict=True)
         ]
 
-    return _commit(checkpoint, layer, recipes, out, device, solve)
+    return _commit(Workspace(out), layer, inputs, solve)
 
 
-def compress_outer(checkpoint: str, recipes: list[Recipe], out: str, *, device: str | None = None) -> LayerResult:
+def compress_outer(
+    source: str,
+    recipes: list[Recipe],
+    out: str,
+    *,
+    text: CalibrationText | None = None,
+    allocations: Allocations | None = None,
+    device: str | None = None,
+) -> LayerResult:
     """The same for embeddings, final norm and output layer. Recipes of equal ``embedding_bits`` share a file."""
+    check_names(recipes)
+    place = default_device(device)
+    needs_text = any(recipe.needs_statistics for recipe in recipes)
+    inputs = _inputs(source, recipes, text if needs_text else None, allocations)
 
-    def solve(weights: CheckpointWeights) -> list[_Solved]:
-        tensors = weights.outer()
-        _check_finite(tensors, "")
+    def solve() -> list[_Part]:
+        tensors = open_weights(source, place).outer()
+        check_finite(tensors, "")
         return [
-            _Solved(
+            _Part(
                 f"embedding{bits}",
                 solve_outer(tensors, bits),
                 MatrixFacts(),
@@ -85,24 +136,24 @@ def compress_outer(checkpoint: str, recipes: list[Recipe], out: str, *, device: 
             for bits in sorted({recipe.embedding_bits for recipe in recipes})
         ]
 
-    return _commit(checkpoint, None, recipes, out, device, solve)
+    return _commit(Workspace(out), None, inputs, solve)
 
 
-def assemble(checkpoint: str, recipe: Recipe, out: str) -> VariantFile:
+def assemble(source: str, recipe: Recipe, out: str) -> VariantFile:
     """Put a recipe's committed layers together into the variant's compact file.
 
     Raises ``ValueError`` where a layer has not been committed, or not of the same inputs as the rest.
     """
-    workspace, info = Workspace(out), read_info(checkpoint)
-    results = [workspace.require(index) for index in (None, *range(info.model.layers))]
+    workspace, model = Workspace(out), read_source(source)
+    results = [workspace.require(index) for index in (None, *range(model.config.layers))]
     if len({result.inputs for result in results}) > 1:
         raise ValueError(f"{out} holds layers of different grids or checkpoints: compress the layers again")
     parts = [result.part(recipe) for result in results]
     linear = sum((part.facts for part in parts), MatrixFacts())
     facts = {
-        "model": info.model.model_dump(mode="json"),
+        "model": reduced_config(model.config, recipe.structure).model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
-        "trained": asdict(info.progress),
+        "trained": model.trained,
         "inputs": results[0].inputs,
         "sparsity": linear.sparsity,
         "relative_error": linear.relative_error,
@@ -165,23 +216,24 @@ def default_device(wanted: str | None) -> torch.device:
     return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _commit(
-    checkpoint: str,
-    layer: int | None,
-    recipes: list[Recipe],
-    out: str,
-    device: str | None,
-    solve: Callable[[CheckpointWeights], list[_Solved]],
-) -> LayerResult:
+@dataclass(frozen=True)
+class _Part:
+    """A file to write and the recipes it serves."""
+
+    stem: str
+    content: CompactPart
+    facts: MatrixFacts
+    recipes: Sequence[Recipe]
+
+
+def _commit(workspace: Workspace, layer: int | None, inputs: str, solve: Callable[[], list[_Part]]) -> LayerResult:
     """What is committed for these inputs, or else what ``solve`` makes, written and committed."""
-    check_names(recipes)
-    workspace, inputs = Workspace(out), inputs_hash(checkpoint, recipes)
     done = workspace.committed(layer, inputs)
     if done is not None:
         return done
     start = time.monotonic()
     with torch.inference_mode():
-        solved = solve(CheckpointWeights(checkpoint, default_device(device)))
+        solved = solve()
     parts = []
     for item in solved:
         name = f"{item.stem}.{inputs[:12]}.safetensors"
@@ -192,7 +244,24 @@ def _commit(
     return result
 
 
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+def _text_hash(source: str, text: CalibrationText) -> str:
+    request = text.batches().prepared.request
+    facts = (request, text.sequence_length, text.sequences, text.seed)
+    return statistics_hash(read_source(source).fingerprint, *facts)
+
+
+def _inputs(source: str, recipes: list[Recipe], text: CalibrationText | None, allocations: Allocations | None) -> str:
+    """Hash of everything that the committed layers of a grid depend on."""
+    calibrated = [_text_hash(source, text), text.damping] if text else None
+    rows = {
+        name: {matrix: strength.model_dump() for matrix, strength in row.items()}
+        for name, row in (allocations or {}).items()
+    }
+    return inputs_hash(read_source(source).fingerprint, recipes, calibrated, rows)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` for weights that are not finite; ``where`` is put before the tensor's name."""
     for name, tensor in tensors.items():
         bad = int((~tensor.isfinite()).sum())
         if bad:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,10 +21,9 @@ from pydantic import ValidationError
 
 from compression.recipe import Recipe
 from compression.results import LayerResult
-from parallelism.checkpoint_store import MANIFEST as CHECKPOINT_MANIFEST
 
 MANIFEST = "manifest.json"
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised when the same inputs come to give other files: committed layers of older code are then made anew."""
 
 
@@ -76,17 +76,9 @@ class Workspace:
         shutil.rmtree(self.directory / "layers", ignore_errors=True)
 
 
-def inputs_hash(checkpoint: str | Path, recipes: list[Recipe]) -> str:
-    """Hash of all that a layer's files are made of. Raises ``ValueError`` where there is no complete checkpoint."""
-    try:
-        manifest = (Path(checkpoint) / CHECKPOINT_MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{checkpoint} is no complete checkpoint (no {CHECKPOINT_MANIFEST}): name another") from None
-    facts = {
-        "code": CODE_VERSION,
-        "checkpoint": sha256(manifest).hexdigest(),
-        "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
-    }
+def inputs_hash(source: str, recipes: Sequence[Recipe], *others: object) -> str:
+    """Hash of all that a layer's files are made of: the model's fingerprint, recipes, and ``others`` (JSON-able)."""
+    facts = [CODE_VERSION, source, [recipe.model_dump(mode="json") for recipe in recipes], *others]
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

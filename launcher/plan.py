@@ -19,7 +19,6 @@ from pydantic import (
 
 from compression.config import CompressionConfig
 from compression.recipe import grid
-from compression.registry import DATA_FREE
 from launcher.cluster import Cluster
 from launcher.costs import EFFICIENCY, StepCost, step_cost
 from launcher.layouts import Case, Choice, best_layout, fits, gib, problems_of, room_bytes, too_large, trainings
@@ -238,9 +237,7 @@ def _batch(choice: Choice) -> int:
 
 def needs_calibration(compression: CompressionConfig) -> bool:
     """Whether some recipe of the grid asks for statistics of the layers' inputs."""
-    methods = [*(compression.prune.methods if compression.prune else [])]
-    methods += compression.quantize.methods if compression.quantize else []
-    return not DATA_FREE.issuperset(methods)
+    return any(recipe.needs_statistics for recipe in grid(compression))
 
 
 def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Budget:
@@ -395,7 +392,7 @@ def _variant_bytes(spec: JobSpec, parameters: int) -> int:
     """Every variant: its layers, the compact file made of them, and the export in two bytes per parameter."""
     total = 0.0
     for recipe in grid(spec.compression):
-        compact = (recipe.quantize.bits / 8 + 0.25 if recipe.quantize else 2.0) * parameters
+        compact = (recipe.stored_bits / 8 + 0.25 if recipe.quantize else 2.0) * parameters
         total += 2 * compact + (2.0 * parameters if spec.export.variants != "none" else 0.0)
     return round(total)
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compression.methods.base import LinearStatistics, Pruned
+from compression.methods.base import InputStatistics, Pruned
 from compression.recipe import Pruning
 
 
-def prune(weight: Tensor, recipes: Sequence[Pruning], statistics: LinearStatistics | None = None) -> list[Pruned]:
+def prune(weight: Tensor, recipes: Sequence[Pruning], statistics: InputStatistics | None = None) -> list[Pruned]:
     """Set exactly round(sparsity · weights) weights of ``weight`` [out, in] to zero, for every recipe.
 
     Of weights equal in magnitude those that come first in row-major order go. One sort serves all recipes.

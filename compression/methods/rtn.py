@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compression.matrix import SCALE_DTYPE, Quantized
-from compression.methods.base import LinearStatistics
+from compression.methods.base import InputStatistics
 from compression.recipe import Quantization
 
 
@@ -14,13 +14,15 @@ def quantize(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     recipes: Sequence[Quantization],
-    statistics: LinearStatistics | None = None,
+    statistics: InputStatistics | None = None,
 ) -> list[Quantized]:
     """Round every matrix [out, in] by its own recipe. Zero is always a level, so pruned weights stay exactly zero."""
-    return [
-        round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.symmetric)
-        for weight, recipe in zip(weights, recipes, strict=True)
-    ]
+    return [_round(weight, recipe) for weight, recipe in zip(weights, recipes, strict=True)]
+
+
+def _round(weight: Tensor, recipe: Quantization) -> Quantized:
+    assert recipe.bits is not None, "widths are allocated before"
+    return round_to_nearest(weight, recipe.bits, recipe.group_size, recipe.symmetric)
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None, symmetric: bool = True) -> Quantized:

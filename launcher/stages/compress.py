@@ -84,7 +84,7 @@ def _inputs(candidate: Trained, recipes: list[Recipe]) -> str:
 
 def _layer_tasks(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> Iterator[Task]:
     common: dict[str, Any] = {
-        "checkpoint": candidate.checkpoint,
+        "source": candidate.checkpoint,
         "recipes": recipes,
         "out": str(job.journal.candidate_dir(candidate.name)),
     }
@@ -102,7 +102,7 @@ def _layer_done(job: JobContext, task: Task, result: LayerResult) -> None:
 def _assembly_tasks(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> Iterator[Task]:
     for recipe in recipes:
         arguments = {
-            "checkpoint": candidate.checkpoint,
+            "source": candidate.checkpoint,
             "recipe": recipe,
             "out": str(job.journal.candidate_dir(candidate.name)),
         }

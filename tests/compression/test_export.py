@@ -181,7 +181,7 @@ def test_config_and_card_state_lineage_quality_and_checksum(tmp_path: Path, data
     result = export(path, str(tmp_path / "export"), str(data), quality=quality, lineage=lineage)
     facts = json.loads((tmp_path / "export" / "config.json").read_text())["espalier"]
     assert facts["lineage"] == lineage
-    assert facts["recipe"]["prune"] == {"method": "magnitude", "sparsity": 0.8}
+    assert facts["recipe"]["prune"].items() >= {"method": "magnitude", "sparsity": 0.8}.items()
     assert facts["compact_bytes"] == os.stat(path).st_size
     card = (tmp_path / "export" / "README.md").read_text()
     for wanted in (

@@ -1,10 +1,11 @@
 """The planner: which layout it takes and why, what a budget buys, and what it refuses."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from compression.registry import DATA_FREE
+from compression import registry
 from launcher.cluster import GIBI, Cluster, gpu_cluster, h100_cluster, read_gpus
 from launcher.costs import step_cost
 from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
@@ -86,7 +87,8 @@ def test_pipeline_parallelism_where_heads_cannot_be_divided_and_memory_is_short(
 
 def test_one_device_where_a_second_brings_nothing() -> None:
     tiny = {"layers": 1, "hidden": 32, "heads": 2}
-    assert planned(tiny, cpus(), budget={"tokens": 1e6}, training={"global_batch": 2}).layout == Layout()
+    chosen = planned(tiny, cpus(), budget={"tokens": 1e6}, training={"global_batch": 1}, sequence_length=64)
+    assert chosen.layout == Layout()
 
 
 def test_devices_are_saved_where_device_hours_are_limited() -> None:
@@ -264,7 +266,8 @@ def test_calibration_is_kept_from_the_budget_only_where_a_method_needs_it(monkey
     quantize = {"quantize": {"methods": ["rtn"], "bits": [4]}}
     free = planned(MIDDLE, cpus(), budget={"flops": 1e14}, compression=quantize)
     assert free.budget.limit == 1e14
-    monkeypatch.setattr("launcher.plan.DATA_FREE", DATA_FREE - {"rtn"})
+    needing = dataclasses.replace(registry.QUANTIZATION["rtn"], needs_statistics=True)
+    monkeypatch.setitem(registry.QUANTIZATION, "rtn", needing)
     kept = planned(MIDDLE, cpus(), budget={"flops": 1e14}, compression=quantize)
     config = resolve_model(MIDDLE, VOCABULARY, 256)
     assert kept.budget.limit == pytest.approx(1e14 - calibration_flops(config, 256, 128))

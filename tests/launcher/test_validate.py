@@ -108,7 +108,9 @@ BROKEN = [
         "1.0",
         "less than 1",
     ),
-    Broken("one bit", {"compression.quantize.bits": [1]}, "compression.quantize.bits.0", "1", "should be 8, 6, 4 or 3"),
+    Broken(
+        "one bit", {"compression.quantize.bits": [1]}, "compression.quantize.bits.0", "1", "should be 8, 6, 4, 3 or 2"
+    ),
     Broken(
         "unknown method",
         {"compression.quantize.methods": ["rnt"]},

@@ -1,0 +1,128 @@
+"""Calibration: what is gathered is what the layers saw, whatever was interrupted and however it was cut."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compression import calibration, tasks
+from compression.calibration import CalibrationFiles, calibrate_shard, read_statistics, shards
+from compression.tasks import CalibrationText
+from parallelism.layer_reader import CheckpointWeights, plain_family
+from tests.compression import made
+
+SEQUENCES, LENGTH = 5, 24
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> CheckpointWeights:
+    checkpoint = made.write_checkpoint(tmp_path / "checkpoint", made.LLAMA, made.weights(made.LLAMA), tensor=2)
+    return CheckpointWeights(checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def two_sequences_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "SHARD_SEQUENCES", 2)
+
+
+def _tokens() -> np.ndarray:
+    return made.rows(made.LLAMA, SEQUENCES, LENGTH)
+
+
+def _rows(positions: object) -> np.ndarray:
+    return _tokens()[np.asarray(positions)]
+
+
+def _calibrate(model: CheckpointWeights, files: CalibrationFiles, inputs: str = "x") -> None:
+    for shard, positions in enumerate(shards(SEQUENCES)):
+        calibrate_shard(model, _rows, positions, shard, files, inputs)
+
+
+class Fragile(CheckpointWeights):
+    """Breaks off when one layer is read for the first time."""
+
+    def __init__(self, directory: Path, fatal: int) -> None:
+        super().__init__(directory)
+        self.fatal = fatal
+        self.passed: list[int] = []
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        self.passed.append(index)
+        if index == self.fatal and self.passed.count(index) == 1:
+            raise KeyboardInterrupt
+        return super().layer(index)
+
+
+def _seen(model: CheckpointWeights) -> list[dict[str, torch.Tensor]]:
+    """Layer by layer, the inputs of every linear layer in one pass over everything, in float64."""
+    family, config, seen = plain_family(model.config), model.config, []
+    outer = {name: tensor.double() for name, tensor in model.outer().items()}
+    hidden = family.embed(config, outer, torch.from_numpy(_tokens())[:, :-1])
+    for index in range(config.layers):
+        inputs: dict[str, torch.Tensor] = {}
+        weights = {name: tensor.double() for name, tensor in model.layer(index).items()}
+        before = hidden
+        hidden = family.layer(config, weights, hidden, lambda name, x, into=inputs: into.update({name: x}))
+        inputs["influence"] = 1 - torch.nn.functional.cosine_similarity(before, hidden, dim=-1).mean()
+        seen.append(inputs)
+    return seen
+
+
+def test_sums_are_those_of_all_inputs_of_the_layer(tmp_path: Path, model: CheckpointWeights) -> None:
+    files = CalibrationFiles(tmp_path / "out")
+    _calibrate(model, files)
+    for layer, seen in enumerate(_seen(model)):
+        statistics = read_statistics(files, layer, SEQUENCES, damping=0.02)
+        assert statistics.influence == pytest.approx(float(seen.pop("influence")), abs=1e-5)
+        assert set(statistics.inputs) == set(seen)
+        for name, inputs in seen.items():
+            flat, found = inputs.flatten(0, 1), statistics.inputs[name]
+            assert (found.rows, found.damping) == (SEQUENCES * LENGTH, 0.02)
+            scale = float((flat.T @ flat).abs().max())
+            torch.testing.assert_close(found.hessian.double(), flat.T @ flat, rtol=0, atol=1e-5 * scale)
+            torch.testing.assert_close(found.absmax.double(), flat.abs().amax(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.mean_abs.double(), flat.abs().mean(0), rtol=1e-4, atol=1e-5)
+        for one, other in (("attention.q", "attention.k"), ("attention.q", "attention.v"), ("mlp.gate", "mlp.up")):
+            assert statistics.inputs[one] is statistics.inputs[other]
+        assert len({id(found) for found in statistics.inputs.values()}) == 4
+
+
+def test_interrupted_in_any_layer_the_sums_are_the_same_bits(tmp_path: Path, model: CheckpointWeights) -> None:
+    whole = CalibrationFiles(tmp_path / "whole")
+    _calibrate(model, whole)
+    for fatal in range(model.config.layers):
+        broken = CalibrationFiles(tmp_path / f"broken{fatal}")
+        fragile = Fragile(model.reader.directory, fatal)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_shard(fragile, _rows, shards(SEQUENCES)[0], 0, broken, "x")
+        _calibrate(fragile, broken)
+        assert fragile.passed[: model.config.layers + 1] == [*range(fatal + 1), *range(fatal, model.config.layers)]
+        for path in sorted((whole.directory / "statistics").rglob("*.safetensors")):
+            assert path.read_bytes() == (broken.directory / path.relative_to(whole.directory)).read_bytes()
+        assert not list(broken.directory.rglob("hidden-*"))
+
+
+def test_other_inputs_are_calibrated_anew_and_the_same_ones_are_not(tmp_path: Path, model: CheckpointWeights) -> None:
+    files = CalibrationFiles(tmp_path / "out")
+    _calibrate(model, files)
+    times = {path: path.stat().st_mtime_ns for path in files.directory.rglob("*.safetensors")}
+    _calibrate(model, files)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    _calibrate(model, files, inputs="y")
+    assert all(path.stat().st_mtime_ns > time for path, time in times.items())
+
+
+def test_missing_statistics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="layer 1 has not been calibrated"):
+        read_statistics(CalibrationFiles(tmp_path), 1, SEQUENCES, 0.01)
+
+
+def test_the_task_takes_its_text_from_prepared_data(tmp_path: Path) -> None:
+    config = made.LLAMA.model_copy(update={"vocab_size": 257})
+    source = str(made.write_checkpoint(tmp_path / "checkpoint", config, made.weights(config)))
+    text = CalibrationText(str(made.prepared_text(tmp_path)), 24, SEQUENCES, seed=3, damping=0.01)
+    for shard in range(len(shards(SEQUENCES))):
+        tasks.calibrate(source, text, shard, str(tmp_path / "out"))
+    statistics = read_statistics(CalibrationFiles(tmp_path / "out"), 0, SEQUENCES, 0.01)
+    assert statistics.inputs["mlp.down"].rows == SEQUENCES * 24
