@@ -1,13 +1,15 @@
 """Calibration: one pass of text through a model, layer by layer, and what its linear layers saw.
 
-A *shard* is a run of sequences; its share of the statistics is committed layer by layer, and the hidden states between
-layers lie in a file, so that one layer of weights is in memory whatever the depth, and a killed worker repeats one
-layer at most. Shards are added up when the statistics are read. The number of shards follows from the number of
-sequences alone, so that the sums do not depend on how many workers there were.
+A *shard* is a run of sequences. A step takes one shard through one layer: it commits the shard's sums of that layer,
+and then the hidden states behind it, from which the next step goes on. So one layer of weights is in memory whatever
+the depth, and a killed worker repeats one step at most. Shards are added up when the statistics are read; how many
+there are follows from the number of sequences alone, so that the sums do not depend on how many workers there were.
 """
 
 import json
-import time
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,59 +22,70 @@ from torch.nn.functional import cosine_similarity
 from compression.container import TensorFile, TensorSpec, write
 from compression.evaluation import Rows, Weights, step_sequences
 from compression.methods.base import InputStatistics, LayerStatistics
+from compression.text import shards
 from parallelism.layer_reader import plain_family
+from parallelism.models.base import ModelConfig
 
-SHARD_SEQUENCES = 32
 VERSION = 1
 PARTS = ("hessian", "absolute", "absmax")
 _FACTS = "espalier"
 
 
-def shards(sequences: int) -> list[range]:
-    """Positions of every shard."""
-    return [range(first, min(first + SHARD_SEQUENCES, sequences)) for first in range(0, sequences, SHARD_SEQUENCES)]
-
-
 @dataclass(frozen=True)
 class CalibrationFiles:
-    """Where the statistics of one candidate lie::
+    """Where the statistics of one candidate lie; ``inputs`` is a hash of everything that they depend on::
 
-    DIR/statistics/00003/shard-001.safetensors   a shard's sums of layer 3
-    DIR/statistics/hidden-001-00003.npy          the shard's hidden states before layer 3
+    DIR/statistics/HASH/00003/shard-001.safetensors   a shard's sums of layer 3
+    DIR/statistics/HASH/hidden-001-00003.npy          its hidden states before layer 3: steps 0 to 2 are done
     """
 
     directory: Path
+    inputs: str
+
+    @property
+    def folder(self) -> Path:
+        """Everything of these inputs."""
+        return self.directory / "statistics" / self.inputs[:16]
 
     def sums(self, layer: int, shard: int) -> Path:
         """A shard's sums of one layer."""
-        return self.directory / "statistics" / f"{layer:05d}" / f"shard-{shard:03d}.safetensors"
+        return self.folder / f"{layer:05d}" / f"shard-{shard:03d}.safetensors"
 
     def hidden(self, layer: int, shard: int) -> Path:
         """A shard's hidden states [sequences, length, hidden] float32 before ``layer``."""
-        return self.directory / "statistics" / f"hidden-{shard:03d}-{layer:05d}.npy"
+        return self.folder / f"hidden-{shard:03d}-{layer:05d}.npy"
+
+    def reached(self, shard: int) -> int:
+        """Number of steps that are done."""
+        found = sorted(self.folder.glob(f"hidden-{shard:03d}-*.npy"))
+        return int(found[-1].stem.rpartition("-")[2]) if found else 0
+
+    def remove_layer(self, layer: int) -> None:
+        """Delete the sums of a layer that nobody needs any more."""
+        shutil.rmtree(self.folder / f"{layer:05d}", ignore_errors=True)
 
 
-def calibrate_shard(
-    model: Weights, rows: Rows, positions: range, shard: int, files: CalibrationFiles, inputs: str
-) -> float:
-    """Run one shard through all layers and commit its sums; layers that are committed for ``inputs`` are not repeated.
-
-    ``inputs`` is a hash of everything the statistics depend on. Returns the seconds it took.
-    """
-    started, layers = time.monotonic(), model.config.layers
-    first = next((layer for layer in range(layers) if not _committed(files.sums(layer, shard), inputs)), layers)
-    if first == layers:
-        return 0.0
-    if not files.hidden(first, shard).exists():
-        first = 0
-        _embed(model, rows, positions, files.hidden(0, shard))
+def calibrate_step(
+    model: Weights, rows: Rows, layer: int, shard: int, positions: range, files: CalibrationFiles
+) -> None:
+    """Take a shard (``positions`` of ``rows``) through ``layer``, unless that is done; earlier steps have to be."""
+    if files.reached(shard) > layer:
+        return
+    before = files.hidden(layer, shard)
+    if layer == 0 and not before.exists():
+        embed(model, rows, positions, before)
     with torch.inference_mode():
-        for layer in range(first, layers):
-            gathered = _pass_through(model, layer, files.hidden(layer, shard), files.hidden(layer + 1, shard))
-            gathered.write(files.sums(layer, shard), inputs)
-            files.hidden(layer, shard).unlink(missing_ok=True)
-    files.hidden(layers, shard).unlink(missing_ok=True)
-    return time.monotonic() - started
+        weights = model.layer(layer)
+        gathered = Gathered()
+        outputs = pass_through(model.config, weights, before, gathered)
+        # The sums first: where the states behind a layer are, its sums are, too.
+        write_states(
+            files.hidden(layer + 1, shard),
+            _shape(before),
+            outputs,
+            before_it_appears=lambda: gathered.write(files.sums(layer, shard)),
+        )
+    before.unlink(missing_ok=True)
 
 
 def read_statistics(
@@ -132,14 +145,13 @@ class Gathered:
         self.similarity += float(cosine_similarity(before, after, dim=-1).double().sum())
         self.tokens += before[..., 0].numel()
 
-    def write(self, path: Path, inputs: str) -> None:
+    def write(self, path: Path) -> None:
         """Commit: the file appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for name, sums in self.sums.items():
             tensors |= {f"{name}:{part}": getattr(sums, part) for part in PARTS}
         facts = {
             "version": VERSION,
-            "inputs": inputs,
             "shared": self.shared,
             "rows": {name: sums.rows for name, sums in self.sums.items()},
             "similarity": self.similarity,
@@ -172,56 +184,51 @@ class Gathered:
         return LayerStatistics(inputs, influence=1.0 - self.similarity / max(1, self.tokens))
 
 
-def _embed(model: Weights, rows: Rows, positions: range, path: Path) -> None:
+def embed(model: Weights, rows: Rows, positions: range, path: Path) -> None:
+    """Write the hidden states [sequences, length, hidden] of ``positions`` before the first layer."""
     family, outer = plain_family(model.config), model.outer()
-    length = rows([positions.start]).shape[1] - 1
-    target = _new_array(path, (len(positions), length, model.config.hidden))
+    device = next(iter(outer.values())).device
+    shape = (len(positions), rows([positions.start]).shape[1] - 1, model.config.hidden)
+    tokens = (torch.from_numpy(rows([position]))[:, :-1].to(device) for position in positions)
     with torch.inference_mode():
-        for place, position in enumerate(positions):
-            tokens = torch.from_numpy(rows([position]))[:, :-1].to(_device_of(outer))
-            target[place] = family.embed(model.config, outer, tokens)[0].float().cpu().numpy()
-    _finish_array(target, path)
+        write_states(path, shape, (family.embed(model.config, outer, each) for each in tokens))
 
 
-def _pass_through(model: Weights, layer: int, source: Path, target: Path) -> Gathered:
-    """One layer over a shard, from file to file."""
-    weights = model.layer(layer)
-    before = np.load(source, mmap_mode="r")
-    after = _new_array(target, before.shape)
-    step, device = step_sequences(weights, model.config.hidden, before.shape[1]), _device_of(weights)
-    gathered, family = Gathered(), plain_family(model.config)
+def _shape(states: Path) -> tuple[int, ...]:
+    return tuple(np.load(states, mmap_mode="r").shape)
+
+
+def pass_through(
+    config: ModelConfig, weights: Mapping[str, Tensor], states: Path, gathered: Gathered | None
+) -> Iterator[Tensor]:
+    """Hidden states in a file, taken through one layer a few sequences at a time; ``gathered`` sees every input."""
+    family, device = plain_family(config), next(iter(weights.values())).device
+    before = np.load(states, mmap_mode="r")
+    step = step_sequences(weights, config.hidden, before.shape[1])
     for start in range(0, len(before), step):
         part = torch.from_numpy(np.array(before[start : start + step])).to(device)
-        output = family.layer(model.config, weights, part, gathered)
-        gathered.compare(part, output)
-        after[start : start + step] = output.cpu().numpy()
-    _finish_array(after, target)
-    return gathered
+        output = family.layer(config, weights, part, gathered)
+        if gathered is not None:
+            gathered.compare(part, output)
+        yield output
 
 
-def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def write_states(
+    path: Path, shape: tuple[int, ...], parts: Iterable[Tensor], before_it_appears: Callable[[], None] = lambda: None
+) -> None:
+    """Write hidden states of ``shape`` [sequences, length, hidden], part by part; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(_draft(path), mode="w+", dtype=np.float32, shape=shape)
-
-
-def _finish_array(array: np.memmap, path: Path) -> None:
-    array.flush()
-    _draft(path).replace(path)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _device_of(weights: dict[str, Tensor]) -> torch.device:
-    return next(iter(weights.values())).device
-
-
-def _committed(path: Path, inputs: str) -> bool:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        return bool(json.loads(TensorFile(path).metadata[_FACTS])["inputs"] == inputs)
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
+        with open(draft, "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part.float().cpu().contiguous().numpy().data)
+        before_it_appears()
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def statistics_hash(source: str, *facts: object) -> str:

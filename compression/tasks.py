@@ -15,26 +15,28 @@ from torch import Tensor
 
 from compression import compact
 from compression.allocation import strengths_of
-from compression.calibration import CalibrationFiles, calibrate_shard, read_statistics, shards, statistics_hash
+from compression.calibration import CalibrationFiles, calibrate_step, read_statistics, statistics_hash
 from compression.checks import check_names, check_recipes
 from compression.compact import CompactFile, CompactPart
 from compression.evaluation import held_out_sequences, tally
 from compression.export import export
 from compression.recipe import Allocations, Recipe
 from compression.results import LayerResult, MatrixFacts, Part, Quality, VariantFile
-from compression.solve import solve_layer, solve_outer
+from compression.sequential import SHARD, Chain, RecipeStart, advance, chain_directory, solve_next
+from compression.solve import Solved, solve_layer, solve_outer
 from compression.source import open_weights, read_source
 from compression.structure import reduced_config
+from compression.text import CalibrationText, shards
 from compression.verification import verify
 from compression.workspace import Workspace, inputs_hash
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
 
 __all__ = [
-    "CalibrationText",
     "assemble",
     "calibrate",
     "compress_layer",
+    "compress_next",
     "compress_outer",
     "evaluate",
     "evaluate_checkpoint",
@@ -44,29 +46,19 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class CalibrationText:
-    """The held-in text that statistics are taken from: the first ``sequences`` of the training split's order."""
+def calibrate(
+    source: str, layer: int, shard: int, text: CalibrationText, out: str, *, device: str | None = None
+) -> float:
+    """Take one shard of the text through one layer and commit, below ``out``, what its linear layers saw.
 
-    data_dir: str
-    sequence_length: int
-    sequences: int
-    seed: int
-    damping: float
-
-    def batches(self) -> TokenBatches:
-        """The text."""
-        return TokenBatches(self.data_dir, "train", self.sequence_length, self.seed)
-
-
-def calibrate(source: str, text: CalibrationText, shard: int, out: str, *, device: str | None = None) -> float:
-    """Run one shard of the text through the model and commit, below ``out``, what its linear layers saw.
-
-    Layers that are committed are not run again. Returns the seconds it took. Raises ``ValueError`` for a damaged model.
+    The shard's earlier layers have to be done; what is done is not done again. Returns the seconds it took. Raises
+    ``ValueError`` for a damaged model.
     """
-    weights, rows = open_weights(source, default_device(device)), text.batches().rows
-    positions = shards(text.sequences)[shard]
-    return calibrate_shard(weights, rows, positions, shard, CalibrationFiles(Path(out)), _text_hash(source, text))
+    started, weights = time.monotonic(), open_weights(source, default_device(device))
+    calibrate_step(
+        weights, text.batches().rows, layer, shard, shards(text.sequences)[shard], _statistics(source, text, out)
+    )
+    return time.monotonic() - started
 
 
 def compress_layer(
@@ -77,12 +69,14 @@ def compress_layer(
     *,
     text: CalibrationText | None = None,
     allocations: Allocations | None = None,
+    keep_statistics: bool = True,
     device: str | None = None,
 ) -> LayerResult:
     """Compress one layer by every recipe and commit it below ``out``; committed already, it is not done again.
 
-    ``text`` is what ``out`` was calibrated with, where a recipe needs statistics. Raises ``ValueError`` for a damaged
-    model, weights that are not finite, or recipes that do not fit the layer.
+    ``text`` is what ``out`` was calibrated with, where a recipe needs statistics; without ``keep_statistics`` those of
+    this layer are deleted in the end. Raises ``ValueError`` for a damaged model, weights that are not finite, or
+    recipes that do not fit the layer.
     """
     check_names(recipes)
     place, model = default_device(device), read_source(source)
@@ -96,7 +90,7 @@ def compress_layer(
         statistics = None
         if needs_text:
             assert text is not None, "some recipe needs statistics, and there is no text"
-            files = CalibrationFiles(Path(out))
+            files = _statistics(source, text, out)
             statistics = read_statistics(files, layer, text.sequences, text.damping, place)
         solved = solve_layer(model.config, tensors, recipes, statistics, strengths_of(allocations, layer))
         prefix = f"layers.{layer}."
@@ -105,7 +99,55 @@ def compress_layer(
             for recipe, result in zip(recipes, solved, strict=True)
         ]
 
-    return _commit(Workspace(out), layer, inputs, solve)
+    result = _commit(Workspace(out), layer, inputs, solve)
+    if needs_text and text is not None and not keep_statistics:
+        _statistics(source, text, out).remove_layer(layer)
+    return result
+
+
+def compress_next(
+    source: str,
+    layer: int,
+    recipe: Recipe,
+    out: str,
+    *,
+    text: CalibrationText,
+    allocations: Allocations | None = None,
+    device: str | None = None,
+) -> LayerResult:
+    """One step of a recipe's chain (:mod:`compression.sequential`), behind its earlier layers and ``compress_outer``.
+
+    What is done is not done again. Raises ``ValueError`` as :func:`compress_layer` does.
+    """
+    place, model = default_device(device), read_source(source)
+    directory = chain_directory(out, recipe)
+    inputs = _inputs(source, [recipe], text, allocations)
+    files = CalibrationFiles(directory, inputs)
+    weights = open_weights(source, place)
+    solved: list[Solved] = []
+
+    def solve() -> list[_Part]:
+        check_recipes(model.config, [recipe])
+        check_finite(weights.layer(layer), f"layer {layer}, ")
+        strengths = strengths_of(allocations, layer)
+        start = RecipeStart(weights.config, lambda: _outer_file(out, recipe, place).outer())
+        rows = text.batches().rows
+        chain = Chain(weights, start, rows, text.sequences, recipe, files, text.damping)
+        solved.append(solve_next(chain, layer, strengths))
+        return [_Part(recipe.name, solved[0].part(f"layers.{layer}."), solved[0].facts, [recipe])]
+
+    result = _commit(Workspace(directory), layer, inputs, solve)
+    if files.reached(SHARD) <= layer:
+        (part,) = result.parts
+        file = CompactFile(Workspace(directory).layer(layer) / part.file, place)
+        advance(weights.config, layer, recipe, file.layer(layer), files)
+    return result
+
+
+def _outer_file(out: str, recipe: Recipe, device: torch.device) -> CompactFile:
+    """What stands outside the layers under a recipe, committed before."""
+    workspace = Workspace(out)
+    return CompactFile(workspace.layer(None) / workspace.require(None).part(recipe).file, device)
 
 
 def compress_outer(
@@ -139,14 +181,17 @@ def compress_outer(
     return _commit(Workspace(out), None, inputs, solve)
 
 
-def assemble(source: str, recipe: Recipe, out: str) -> VariantFile:
-    """Put a recipe's committed layers together into the variant's compact file.
+def assemble(source: str, recipe: Recipe, out: str, *, sequential: bool = False) -> VariantFile:
+    """Put a recipe's committed layers together into the variant's compact file; ``sequential``: those of its chain.
 
     Raises ``ValueError`` where a layer has not been committed, or not of the same inputs as the rest.
     """
     workspace, model = Workspace(out), read_source(source)
-    results = [workspace.require(index) for index in (None, *range(model.config.layers))]
-    if len({result.inputs for result in results}) > 1:
+    places = Workspace(chain_directory(out, recipe)) if sequential else workspace
+    results = [workspace.require(None), *(places.require(index) for index in range(model.config.layers))]
+    if len({result.inputs for result in results[1:]}) > 1 or (
+        not sequential and results[0].inputs != results[1].inputs
+    ):
         raise ValueError(f"{out} holds layers of different grids or checkpoints: compress the layers again")
     parts = [result.part(recipe) for result in results]
     linear = sum((part.facts for part in parts), MatrixFacts())
@@ -154,11 +199,12 @@ def assemble(source: str, recipe: Recipe, out: str) -> VariantFile:
         "model": reduced_config(model.config, recipe.structure).model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "trained": model.trained,
-        "inputs": results[0].inputs,
+        "inputs": results[1].inputs,
         "sparsity": linear.sparsity,
         "relative_error": linear.relative_error,
     }
-    files = [workspace.layer(result.layer) / part.file for result, part in zip(results, parts, strict=True)]
+    folders = [workspace.layer(None), *(places.layer(index) for index in range(model.config.layers))]
+    files = [folder / part.file for folder, part in zip(folders, parts, strict=True)]
     path = workspace.variant(recipe)
     compact.assemble(files, facts, path)
     return read_variant(str(path))
@@ -242,6 +288,10 @@ def _commit(workspace: Workspace, layer: int | None, inputs: str, solve: Callabl
     result = LayerResult(layer=layer, inputs=inputs, parts=parts, seconds=time.monotonic() - start)
     workspace.commit(result)
     return result
+
+
+def _statistics(source: str, text: CalibrationText, out: str) -> CalibrationFiles:
+    return CalibrationFiles(Path(out), _text_hash(source, text))
 
 
 def _text_hash(source: str, text: CalibrationText) -> str:

@@ -71,6 +71,10 @@ class Workspace:
             if path.name not in current:
                 path.unlink(missing_ok=True)
 
+    def remove_statistics(self) -> None:
+        """Delete the statistics of this candidate, of whatever inputs."""
+        shutil.rmtree(self.directory / "statistics", ignore_errors=True)
+
     def remove_layers(self) -> None:
         """Delete the layers' files; the assembled variants stay."""
         shutil.rmtree(self.directory / "layers", ignore_errors=True)

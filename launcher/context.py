@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.control import Control, Stopped
 from launcher.journal import Journal
-from launcher.pool import Pool
+from launcher.pool import Pool, cluster_memory_bytes
 from launcher.session import Room
 from launcher.spec import JobSpec
 from launcher.states import JobState
@@ -45,7 +45,8 @@ class JobContext:
     _stopping: StopReason | None = None
 
     def __post_init__(self) -> None:
-        self.pool = Pool(self.journal, self.room, self.spec.execution.max_restarts, self.check)
+        execution = self.spec.execution
+        self.pool = Pool(self.journal, self.room, execution.max_restarts, self.check, cluster_memory_bytes())
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop, or None; the first time there is a reason, the job's state says so."""

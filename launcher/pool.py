@@ -4,7 +4,7 @@ A task is a function by its dotted path, with arguments that travel as they are.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,20 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """One call: ``function(**arguments)``. ``candidate`` is the one it works for, if any."""
+    """One call: ``function(**arguments)``. ``candidate`` is the one it works for, if any.
+
+    ``memory_bytes``: what it needs at its peak, as far as that is known; tasks run side by side while they fit.
+    """
 
     name: str
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
     candidate: str | None = None
+    memory_bytes: int = 0
+
+
+Done = Callable[[Task, Any], Iterable[Task] | None]
+"""What is made of a task's result; the tasks that it returns are run as well."""
 
 
 class TaskFailed(ValueError):
@@ -57,6 +65,11 @@ class TaskProcess:
         return load(function)(**arguments)
 
 
+def cluster_memory_bytes() -> int:
+    """What tasks on the connected cluster may use together."""
+    return int(ray.cluster_resources().get("memory", 0.0))
+
+
 @dataclass
 class _Worker:
     number: int
@@ -71,14 +84,18 @@ class _Worker:
 class Pool:
     """Workers, at most one per device, hired when there is work and kept until :meth:`close`.
 
-    ``check`` is called in every turn of the loop; what it raises ends the work.
+    ``check`` is called in every turn of the loop; what it raises ends the work. ``memory_bytes`` is what all tasks
+    together may need.
     """
 
-    def __init__(self, journal: Journal, room: Room, max_restarts: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self, journal: Journal, room: Room, max_restarts: int, check: Callable[[], None], memory_bytes: int
+    ) -> None:
         self._journal = journal
         self._room = room
         self._max_restarts = max_restarts
         self._check = check
+        self._memory_bytes = memory_bytes
         self._made = 0
         self._workers: list[_Worker] = []
         self._losses: dict[str, int] = {}
@@ -90,8 +107,10 @@ class Pool:
             self._dismiss(worker)
         wait_until_gone(pids, seconds=10.0)
 
-    def run(self, tasks: Sequence[Task], done: Callable[[Task, Any], None]) -> None:
-        """Run the tasks, at most one per worker at a time; ``done`` is called here, in the order in which they end.
+    def run(self, tasks: Iterable[Task], done: Done) -> None:
+        """Run the tasks and those that ``done`` adds, at most one per worker at a time.
+
+        ``done`` is called here, in the order in which they end.
 
         Raises :class:`TaskFailed`, and what ``check`` raises; the workers are gone then.
         """
@@ -99,7 +118,7 @@ class Pool:
         try:
             while waiting or any(worker.task for worker in self._workers):
                 self._check()
-                waiting += self._collect(done)
+                waiting = self._collect(done) + waiting
                 self._assign(waiting)
                 time.sleep(POLL_SECONDS)
         finally:
@@ -108,14 +127,23 @@ class Pool:
 
     def _assign(self, waiting: list[Task]) -> None:
         idle = [worker for worker in self._workers if worker.task is None]
-        while waiting and (idle or len(self._workers) < self._room.devices):
+        while (idle or len(self._workers) < self._room.devices) and (task := self._next(waiting)) is not None:
             worker = idle.pop() if idle else self._hire()
-            worker.task = waiting.pop(0)
-            worker.call = worker.actor.run.remote(worker.task.function, worker.task.arguments)
+            worker.task = task
+            worker.call = worker.actor.run.remote(task.function, task.arguments)
 
-    def _collect(self, done: Callable[[Task, Any], None]) -> list[Task]:
-        """Take in what has ended; returns the tasks whose worker was lost."""
-        lost = []
+    def _next(self, waiting: list[Task]) -> Task | None:
+        """The first task that fits beside those that run, taken off the list; alone, any task may try."""
+        running = [worker.task.memory_bytes for worker in self._workers if worker.task]
+        free = self._memory_bytes - sum(running)
+        for place, task in enumerate(waiting):
+            if not running or task.memory_bytes <= free:
+                return waiting.pop(place)
+        return None
+
+    def _collect(self, done: Done) -> list[Task]:
+        """Take in what has ended; returns the tasks whose worker was lost, and those that follow from results."""
+        next_tasks: list[Task] = []
         for worker in list(self._workers):
             self._introduce(worker)
             if worker.task is None or not ray.wait([worker.call], timeout=0)[0]:
@@ -125,10 +153,10 @@ class Pool:
                 result = ray.get(worker.call, timeout=60)
             except RayError as error:
                 self._after_error(worker, task, error)
-                lost.append(task)
+                next_tasks.append(task)
             else:
-                done(task, result)
-        return lost
+                next_tasks += done(task, result) or ()
+        return next_tasks
 
     def _after_error(self, worker: _Worker, task: Task, error: RayError) -> None:
         """The task may be tried again on another worker, or :class:`TaskFailed` is raised."""

@@ -1,12 +1,21 @@
-"""Every recipe on every trained candidate, one task per layer, and the variants' files put together. Torch-free."""
+"""Every recipe on every trained candidate: calibration, one task per layer, and the variants' files put together.
+
+A candidate's work is a graph of tasks. Shards of text go through the layers one after the other; a layer whose shards
+are through is compressed at once by all recipes, and its statistics are deleted, so that the disk holds those of a few
+layers only. Where a recipe's strength follows from a look at all layers, the layers are measured first, and the
+statistics stay until the end. With ``statistics: sequential``, recipes that need statistics are chains of their own.
+Torch-free.
+"""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from compression.recipe import Recipe, grid
 from compression.results import LayerResult, VariantFile
+from compression.text import CalibrationText, shards
+from compression.workspace import Workspace
 from launcher.context import JobContext
 from launcher.journal import StageRecord, hash_inputs
 from launcher.pool import Task
@@ -42,26 +51,152 @@ def trained_candidates(job: JobContext) -> list[Trained]:
 def compress(job: JobContext) -> None:
     """Compress all layers of all candidates side by side; a layer that is committed is not made again."""
     recipes = grid(job.spec.compression)
-    open_candidates = [
-        candidate
+    works = [
+        CandidateWork(job, candidate, recipes)
         for candidate in trained_candidates(job)
-        if not job.journal.stage_done(candidate.stage, _inputs(candidate, recipes))
+        if not job.journal.stage_done(candidate.stage, _inputs(job, candidate, recipes))
     ]
-    if not open_candidates:
+    if not works:
         return
+    by_name = {work.candidate.name: work for work in works}
     with job.stage(STAGE):
         started = time.monotonic()
-        layers = [task for candidate in open_candidates for task in _layer_tasks(job, candidate, recipes)]
-        job.pool.run(layers, lambda task, result: _layer_done(job, task, result))
-        files: dict[str, list[VariantFile]] = {candidate.name: [] for candidate in open_candidates}
-        assembly = [task for candidate in open_candidates for task in _assembly_tasks(job, candidate, recipes)]
-        job.pool.run(assembly, lambda task, file: files[task.candidate or ""].append(file))
-        for candidate in open_candidates:
-            order = {recipe.name: index for index, recipe in enumerate(recipes)}
-            rows = sorted(files[candidate.name], key=lambda file: order[file.name])
-            outputs = {"variants": [file.model_dump(mode="json") for file in rows]}
-            seconds = (time.monotonic() - started) / len(open_candidates)
-            job.journal.commit_stage(candidate.stage, _inputs(candidate, recipes), outputs, seconds)
+        job.pool.run(
+            [task for work in works for task in work.first()],
+            lambda task, result: by_name[task.candidate or ""].after(task, result),
+        )
+        for work in works:
+            outputs = {"variants": [file.model_dump(mode="json") for file in work.variants()]}
+            seconds = (time.monotonic() - started) / len(works)
+            inputs = _inputs(job, work.candidate, recipes)
+            job.journal.commit_stage(work.candidate.stage, inputs, outputs, seconds)
+            Workspace(work.out).remove_statistics()
+
+
+@dataclass
+class CandidateWork:
+    """The tasks of one candidate: what comes first, and what follows from what has ended."""
+
+    job: JobContext
+    candidate: Trained
+    recipes: list[Recipe]
+    _layers: int = 0
+    _calibrated: dict[int, set[int]] = field(default_factory=dict)
+    _compressed: set[int | None] = field(default_factory=set)
+    _chained: set[str] = field(default_factory=set)
+    _files: dict[str, VariantFile] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._layers = read_info(self.candidate.checkpoint).model.layers
+
+    @property
+    def out(self) -> str:
+        """The candidate's directory."""
+        return str(self.job.journal.candidate_dir(self.candidate.name))
+
+    @property
+    def text(self) -> CalibrationText:
+        """What statistics are taken from."""
+        calibration = self.job.spec.compression.calibration
+        return CalibrationText(
+            data_dir=str(self.job.journal.data_dir),
+            sequence_length=self.job.spec.data.sequence_length,
+            sequences=calibration.sequences,
+            seed=self.job.spec.seed,
+            damping=calibration.damping,
+        )
+
+    @property
+    def chains(self) -> list[Recipe]:
+        """Recipes that are calibrated on their own compressed layers."""
+        sequential = self.job.spec.compression.calibration.statistics == "sequential"
+        return [recipe for recipe in self.recipes if sequential and recipe.needs_statistics]
+
+    @property
+    def together(self) -> list[Recipe]:
+        """Recipes that are solved together, layer by layer."""
+        return [recipe for recipe in self.recipes if recipe not in self.chains]
+
+    @property
+    def _calibrates(self) -> bool:
+        return any(recipe.needs_statistics for recipe in self.together)
+
+    def first(self) -> Iterator[Task]:
+        """What can be done at once."""
+        yield self._task("outer", "compress_outer", recipes=self.recipes)
+        if self._calibrates:
+            yield from (self._calibrate(0, shard) for shard in range(len(shards(self.text.sequences))))
+        else:
+            yield from (self._compress(layer) for layer in range(self._layers))
+
+    def after(self, task: Task, result: Any) -> Iterable[Task]:
+        """What a result makes possible."""
+        follow: dict[str, Callable[[Task, Any], Iterable[Task]]] = {
+            "calibrate": self._after_calibrate,
+            "compress_outer": self._after_compress,
+            "compress_layer": self._after_compress,
+            "compress_next": self._after_next,
+            "assemble": self._after_assemble,
+        }
+        return follow[task.function.rpartition(":")[2]](task, result)
+
+    def variants(self) -> list[VariantFile]:
+        """The variants' files in the order of the grid."""
+        return [self._files[recipe.name] for recipe in self.recipes]
+
+    def _after_calibrate(self, task: Task, result: float) -> Iterator[Task]:
+        layer, shard = task.arguments["layer"], task.arguments["shard"]
+        if layer + 1 < self._layers:
+            yield self._calibrate(layer + 1, shard)
+        through = self._calibrated.setdefault(layer, set())
+        through.add(shard)
+        if len(through) == len(shards(self.text.sequences)):
+            self._tell("layer_calibrated", task, layer=layer)
+            yield self._compress(layer)
+
+    def _after_compress(self, task: Task, result: LayerResult) -> Iterator[Task]:
+        self._tell("layer_compressed", task, layer=result.layer, seconds=result.seconds, recipes=len(result.parts))
+        self._compressed.add(result.layer)
+        if result.layer is None:
+            yield from (self._next(recipe, 0) for recipe in self.chains)
+        if len(self._compressed) == self._layers + 1:
+            yield from (self._assemble(recipe, sequential=False) for recipe in self.together)
+
+    def _after_next(self, task: Task, result: LayerResult) -> Iterator[Task]:
+        recipe, layer = task.arguments["recipe"], task.arguments["layer"]
+        self._tell("layer_compressed", task, layer=layer, seconds=result.seconds, recipes=1)
+        if layer + 1 < self._layers:
+            yield self._next(recipe, layer + 1)
+        else:
+            yield self._assemble(recipe, sequential=True)
+
+    def _after_assemble(self, task: Task, result: VariantFile) -> tuple[()]:
+        self._files[result.name] = result
+        return ()
+
+    def _calibrate(self, layer: int, shard: int) -> Task:
+        return self._task(f"calibrate {layer}.{shard}", "calibrate", layer=layer, shard=shard, text=self.text)
+
+    def _compress(self, layer: int) -> Task:
+        text = self.text if self._calibrates else None
+        return self._task(
+            str(layer), "compress_layer", layer=layer, recipes=self.together, text=text, keep_statistics=False
+        )
+
+    def _next(self, recipe: Recipe, layer: int) -> Task:
+        return self._task(f"{recipe.name} {layer}", "compress_next", layer=layer, recipe=recipe, text=self.text)
+
+    def _assemble(self, recipe: Recipe, sequential: bool) -> Task:
+        return self._task(recipe.name, "assemble", recipe=recipe, sequential=sequential)
+
+    def _task(self, name: str, function: str, **arguments: Any) -> Task:
+        common = {"source": self.candidate.checkpoint, "out": self.out}
+        return Task(
+            f"{self.candidate.stage}/{name}", f"compression.tasks:{function}", common | arguments, self.candidate.name
+        )
+
+    def _tell(self, kind: str, task: Task, **fields: Any) -> None:
+        self.job.journal.append(kind, {"candidate": self.candidate.name, "task": task.name, **fields})
 
 
 def compressed(job: JobContext, candidate: Trained) -> StageRecord:
@@ -76,34 +211,7 @@ def variant_files(record: StageRecord) -> list[VariantFile]:
     return [VariantFile.model_validate(row) for row in record.outputs["variants"]]
 
 
-def _inputs(candidate: Trained, recipes: list[Recipe]) -> str:
-    return hash_inputs(
-        STAGE, candidate.inputs, candidate.checkpoint, [recipe.model_dump(mode="json") for recipe in recipes]
-    )
-
-
-def _layer_tasks(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> Iterator[Task]:
-    common: dict[str, Any] = {
-        "source": candidate.checkpoint,
-        "recipes": recipes,
-        "out": str(job.journal.candidate_dir(candidate.name)),
-    }
-    yield Task(f"{candidate.stage}/outer", "compression.tasks:compress_outer", common, candidate.name)
-    for layer in range(read_info(candidate.checkpoint).model.layers):
-        arguments = common | {"layer": layer}
-        yield Task(f"{candidate.stage}/{layer}", "compression.tasks:compress_layer", arguments, candidate.name)
-
-
-def _layer_done(job: JobContext, task: Task, result: LayerResult) -> None:
-    fields = {"task": task.name, "layer": result.layer, "seconds": result.seconds, "recipes": len(result.parts)}
-    job.journal.append("layer_compressed", {"candidate": task.candidate, **fields})
-
-
-def _assembly_tasks(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> Iterator[Task]:
-    for recipe in recipes:
-        arguments = {
-            "source": candidate.checkpoint,
-            "recipe": recipe,
-            "out": str(job.journal.candidate_dir(candidate.name)),
-        }
-        yield Task(f"{candidate.stage}/{recipe.name}", "compression.tasks:assemble", arguments, candidate.name)
+def _inputs(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> str:
+    calibration = job.spec.compression.calibration.model_dump(mode="json")
+    rows = [recipe.model_dump(mode="json") for recipe in recipes]
+    return hash_inputs(STAGE, candidate.inputs, candidate.checkpoint, rows, calibration)

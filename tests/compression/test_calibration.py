@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from compression import calibration, tasks
-from compression.calibration import CalibrationFiles, calibrate_shard, read_statistics, shards
-from compression.tasks import CalibrationText
+from compression import tasks, text
+from compression.calibration import CalibrationFiles, calibrate_step, read_statistics
+from compression.text import CalibrationText, shards
 from parallelism.layer_reader import CheckpointWeights, plain_family
 from tests.compression import made
 
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> CheckpointWeights:
 
 @pytest.fixture(autouse=True)
 def two_sequences_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SHARD_SEQUENCES", 2)
+    monkeypatch.setattr(text, "SHARD_SEQUENCES", 2)
 
 
 def _tokens() -> np.ndarray:
@@ -34,9 +34,10 @@ def _rows(positions: object) -> np.ndarray:
     return _tokens()[np.asarray(positions)]
 
 
-def _calibrate(model: CheckpointWeights, files: CalibrationFiles, inputs: str = "x") -> None:
-    for shard, positions in enumerate(shards(SEQUENCES)):
-        calibrate_shard(model, _rows, positions, shard, files, inputs)
+def _calibrate(model: CheckpointWeights, files: CalibrationFiles) -> None:
+    for layer in range(model.config.layers):
+        for shard, positions in enumerate(shards(SEQUENCES)):
+            calibrate_step(model, _rows, layer, shard, positions, files)
 
 
 class Fragile(CheckpointWeights):
@@ -70,7 +71,7 @@ def _seen(model: CheckpointWeights) -> list[dict[str, torch.Tensor]]:
 
 
 def test_sums_are_those_of_all_inputs_of_the_layer(tmp_path: Path, model: CheckpointWeights) -> None:
-    files = CalibrationFiles(tmp_path / "out")
+    files = CalibrationFiles(tmp_path / "out", "x")
     _calibrate(model, files)
     for layer, seen in enumerate(_seen(model)):
         statistics = read_statistics(files, layer, SEQUENCES, damping=0.02)
@@ -89,40 +90,61 @@ def test_sums_are_those_of_all_inputs_of_the_layer(tmp_path: Path, model: Checkp
 
 
 def test_interrupted_in_any_layer_the_sums_are_the_same_bits(tmp_path: Path, model: CheckpointWeights) -> None:
-    whole = CalibrationFiles(tmp_path / "whole")
+    whole, layers = CalibrationFiles(tmp_path / "whole", "x"), model.config.layers
     _calibrate(model, whole)
-    for fatal in range(model.config.layers):
-        broken = CalibrationFiles(tmp_path / f"broken{fatal}")
+    for fatal in range(layers):
+        broken = CalibrationFiles(tmp_path / f"broken{fatal}", "x")
         fragile = Fragile(model.reader.directory, fatal)
         with pytest.raises(KeyboardInterrupt):
-            calibrate_shard(fragile, _rows, shards(SEQUENCES)[0], 0, broken, "x")
+            _calibrate(fragile, broken)
         _calibrate(fragile, broken)
-        assert fragile.passed[: model.config.layers + 1] == [*range(fatal + 1), *range(fatal, model.config.layers)]
-        for path in sorted((whole.directory / "statistics").rglob("*.safetensors")):
-            assert path.read_bytes() == (broken.directory / path.relative_to(whole.directory)).read_bytes()
-        assert not list(broken.directory.rglob("hidden-*"))
+        count = len(shards(SEQUENCES))
+        assert fragile.passed == sorted([fatal, *(layer for layer in range(layers) for _ in range(count))])
+        for path in sorted(whole.folder.rglob("*.safetensors")):
+            assert path.read_bytes() == (broken.folder / path.relative_to(whole.folder)).read_bytes()
+        assert len(list(broken.folder.glob("hidden-*"))) == count
 
 
-def test_other_inputs_are_calibrated_anew_and_the_same_ones_are_not(tmp_path: Path, model: CheckpointWeights) -> None:
-    files = CalibrationFiles(tmp_path / "out")
+def test_killed_between_sums_and_states_a_step_is_done_again(tmp_path: Path, model: CheckpointWeights) -> None:
+    files = CalibrationFiles(tmp_path / "out", "x")
     _calibrate(model, files)
-    times = {path: path.stat().st_mtime_ns for path in files.directory.rglob("*.safetensors")}
+    path = files.sums(1, 0)
+    expected = path.read_bytes()
+    again = CalibrationFiles(tmp_path / "again", "x")
+    calibrate_step(model, _rows, 0, 0, shards(SEQUENCES)[0], again)
+    states = again.hidden(1, 0).read_bytes()
+    calibrate_step(model, _rows, 1, 0, shards(SEQUENCES)[0], again)
+    again.hidden(2, 0).unlink()
+    again.hidden(1, 0).write_bytes(states)
+    calibrate_step(model, _rows, 1, 0, shards(SEQUENCES)[0], again)
+    assert again.sums(1, 0).read_bytes() == expected
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, model: CheckpointWeights) -> None:
+    files = CalibrationFiles(tmp_path / "out", "x")
+    _calibrate(model, files)
+    times = {path: path.stat().st_mtime_ns for path in files.folder.rglob("*.safetensors")}
+    assert len(times) == model.config.layers * len(shards(SEQUENCES))
     _calibrate(model, files)
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    _calibrate(model, files, inputs="y")
-    assert all(path.stat().st_mtime_ns > time for path, time in times.items())
+    files.remove_layer(1)
+    _calibrate(model, files)
+    assert not files.sums(1, 0).exists()
 
 
 def test_missing_statistics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 1 has not been calibrated"):
-        read_statistics(CalibrationFiles(tmp_path), 1, SEQUENCES, 0.01)
+        read_statistics(CalibrationFiles(tmp_path, "x"), 1, SEQUENCES, 0.01)
 
 
 def test_the_task_takes_its_text_from_prepared_data(tmp_path: Path) -> None:
     config = made.LLAMA.model_copy(update={"vocab_size": 257})
     source = str(made.write_checkpoint(tmp_path / "checkpoint", config, made.weights(config)))
-    text = CalibrationText(str(made.prepared_text(tmp_path)), 24, SEQUENCES, seed=3, damping=0.01)
-    for shard in range(len(shards(SEQUENCES))):
-        tasks.calibrate(source, text, shard, str(tmp_path / "out"))
-    statistics = read_statistics(CalibrationFiles(tmp_path / "out"), 0, SEQUENCES, 0.01)
+    data = str(made.prepared_text(tmp_path))
+    wanted = CalibrationText(data_dir=data, sequence_length=24, sequences=SEQUENCES, seed=3, damping=0.01)
+    for layer in range(config.layers):
+        for shard in range(len(shards(SEQUENCES))):
+            tasks.calibrate(source, layer, shard, wanted, str(tmp_path / "out"))
+    (folder,) = (tmp_path / "out" / "statistics").iterdir()
+    statistics = read_statistics(CalibrationFiles(tmp_path / "out", folder.name), 2, SEQUENCES, 0.01)
     assert statistics.inputs["mlp.down"].rows == SEQUENCES * 24

@@ -1,0 +1,86 @@
+"""The pool on a real Ray cluster: order, follow-ups, memory, lost workers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.journal import Journal
+from launcher.pool import Pool, Task, TaskFailed, cluster_memory_bytes
+from launcher.session import Room
+from tests.launcher.made import new_journal
+
+GIB = 1 << 30
+TOYS = "tests.launcher.pool_toys"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    return journal
+
+
+@pytest.fixture
+def pool(room: Room, journal: Journal) -> Iterator[Pool]:
+    pool = Pool(journal, room, max_restarts=2, check=lambda: None, memory_bytes=4 * GIB)
+    yield pool
+    pool.close()
+
+
+def test_follow_ups_of_a_result_are_run_and_come_before_what_waits(pool: Pool) -> None:
+    ended: list[str] = []
+
+    def done(task: Task, result: Any) -> list[Task]:
+        ended.append(task.name)
+        depth = len(task.name)
+        return [Task(task.name + "x", f"{TOYS}:echo", {"value": depth})] if depth < 4 else []
+
+    pool.run([Task("a", f"{TOYS}:echo", {"value": 0}), Task("b", f"{TOYS}:echo", {"value": 0})], done)
+    assert sorted(ended) == ["a", "ax", "axx", "axxx", "b", "bx", "bxx", "bxxx"]
+
+
+def test_tasks_that_do_not_fit_side_by_side_run_one_after_the_other(pool: Pool, tmp_path: Path) -> None:
+    spans: dict[str, tuple[float, float]] = {}
+    large = [Task(name, f"{TOYS}:sleep", {"seconds": 0.3}, memory_bytes=3 * GIB) for name in "ab"]
+    small = [Task(name, f"{TOYS}:sleep", {"seconds": 0.3}, memory_bytes=GIB) for name in "cd"]
+    pool.run([*large, *small], lambda task, span: spans.update({task.name: span}))
+    assert not _overlap(spans["a"], spans["b"])
+    assert _overlap(spans["a"], spans["c"])  # a small one may pass the large one that waits
+
+
+def test_a_task_that_needs_more_than_there_is_runs_alone(pool: Pool) -> None:
+    spans: dict[str, tuple[float, float]] = {}
+    tasks = [Task(name, f"{TOYS}:sleep", {"seconds": 0.2}, memory_bytes=9 * GIB) for name in "ab"]
+    pool.run(tasks, lambda task, span: spans.update({task.name: span}))
+    assert not _overlap(spans["a"], spans["b"])
+
+
+def test_a_killed_worker_costs_its_task_one_more_try(pool: Pool, journal: Journal, tmp_path: Path) -> None:
+    results: list[Any] = []
+    task = Task("dies", f"{TOYS}:die_the_first_times", {"folder": str(tmp_path), "times": 2})
+    pool.run([task], lambda _, result: results.append(result))
+    assert results == [2]
+    restarts = [event for event in journal.events() if event["kind"] == "task_restart"]
+    assert [(event["task"], event["reason"]) for event in restarts] == [("dies", "rank died")] * 2
+
+
+def test_a_task_that_always_dies_is_given_up_by_name(pool: Pool, tmp_path: Path) -> None:
+    task = Task("dies", f"{TOYS}:die_the_first_times", {"folder": str(tmp_path), "times": 9})
+    with pytest.raises(TaskFailed, match="dies: .* is gone; its last words are in"):
+        pool.run([task], lambda *_: None)
+
+
+def test_a_users_error_is_told_at_once(pool: Pool, journal: Journal) -> None:
+    with pytest.raises(TaskFailed, match="wrong: ValueError: field x is 9: use 3"):
+        pool.run([Task("wrong", f"{TOYS}:refuse")], lambda *_: None)
+    assert not [event for event in journal.events() if event["kind"] == "task_restart"]
+
+
+def test_the_cluster_tells_its_memory(room: Room) -> None:
+    assert cluster_memory_bytes() > 100 << 20
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
