@@ -32,6 +32,7 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
@@ -95,12 +96,21 @@ class TensorFile:
         try:
             self.specs = {name: TensorSpec(_DTYPES[row["dtype"]], tuple(row["shape"])) for name, row in header.items()}
             self._offsets = {name: int(row["data_offsets"][0]) for name, row in header.items()}
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._damaged(f"the header lacks or misnames {error}") from error
         self.bytes = self.path.stat().st_size
         expected = self._start + sum(spec.bytes for spec in self.specs.values())
         if self.bytes != expected:
             raise self._damaged(f"{self.bytes} bytes long, {expected} expected")
+        for name, spec in self.specs.items():
+            if not 0 <= self._offsets[name] <= self._offsets[name] + spec.bytes <= self.bytes - self._start:
+                raise self._damaged(f"{name} lies outside of it")
+
+    @property
+    def header_digest(self) -> str:
+        """Hash of names, types, shapes and places of all tensors, and of the metadata."""
+        rows = [(name, str(spec), self._offsets[name]) for name, spec in sorted(self.specs.items())]
+        return hashlib.sha256(repr((rows, sorted(self.metadata.items()))).encode()).hexdigest()
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""

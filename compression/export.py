@@ -18,7 +18,8 @@ from torch import Tensor
 from compression.card import model_card
 from compression.compact import CompactFile
 from compression.container import TensorSpec, sha256, write
-from compression.huggingface import config_json, layer_tensors, outer_tensors
+from compression.huggingface import layer_tensors, outer_tensors
+from compression.huggingface_config import config_json
 from compression.matrix import STORED_DTYPE
 from compression.recipe import Recipe
 from compression.results import ExportResult, Quality
@@ -46,7 +47,7 @@ def export(
     file, data = CompactFile(variant), PreparedData.load(data_dir)
     config = file.config
     dtype = export_dtype(file.recipe)
-    document = config_json(gpt_config(file), dtype, data.end_of_document_id)
+    document = config_json(gpt_config(file), str(dtype).removeprefix("torch."), data.end_of_document_id)
     target = Path(directory)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)

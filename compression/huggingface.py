@@ -1,114 +1,122 @@
-"""A model in the words of Hugging Face Transformers: weight names and arrangement, and ``config.json``.
+"""A model's weights in the words of Hugging Face Transformers, both ways: names and arrangement.
 
-Llama style becomes ``LlamaForCausalLM``, GPT-2 style ``GPT2LMHeadModel``, whose linear layers (``Conv1D``) hold their
-weights as [in, out]. The vocabulary is not padded.
+Llama style is ``LlamaForCausalLM`` (or ``MistralForCausalLM``, which has the same names), GPT-2 style is
+``GPT2LMHeadModel``, whose linear layers (``Conv1D``) hold their weights as [in, out]. The vocabulary is not padded.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compression.checks import check_exportable
 from parallelism.models.gpt.config import GPTConfig
+from parallelism.models.gpt.plain import outer_shapes
 
-_LLAMA_LAYER = {
-    "attention.norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "mlp.norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
+
+@dataclass(frozen=True)
+class _Row:
+    """One norm or linear layer there, and what it is here: several stand one below the other, [out, in]."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+_LAYER = {
+    "llama": (
+        _Row("input_layernorm", ("attention.norm",)),
+        _Row("self_attn.q_proj", ("attention.q",)),
+        _Row("self_attn.k_proj", ("attention.k",)),
+        _Row("self_attn.v_proj", ("attention.v",)),
+        _Row("self_attn.o_proj", ("attention.o",)),
+        _Row("post_attention_layernorm", ("mlp.norm",)),
+        _Row("mlp.gate_proj", ("mlp.gate",)),
+        _Row("mlp.up_proj", ("mlp.up",)),
+        _Row("mlp.down_proj", ("mlp.down",)),
+    ),
+    "gpt2": (
+        _Row("ln_1", ("attention.norm",)),
+        _Row("attn.c_attn", ("attention.q", "attention.k", "attention.v"), transposed=True),
+        _Row("attn.c_proj", ("attention.o",), transposed=True),
+        _Row("ln_2", ("mlp.norm",)),
+        _Row("mlp.c_fc", ("mlp.up",), transposed=True),
+        _Row("mlp.c_proj", ("mlp.down",), transposed=True),
+    ),
 }
-_GPT2_NORMS = {"attention.norm": "ln_1", "mlp.norm": "ln_2"}
-_GPT2_LINEARS = {"attention.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+_OUTER = {
+    "llama": {
+        "embedding.tokens": "model.embed_tokens.weight",
+        "final_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    },
+    "gpt2": {
+        "embedding.tokens": "transformer.wte.weight",
+        "embedding.positions": "transformer.wpe.weight",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "final_norm.bias": "transformer.ln_f.bias",
+        "output.weight": "lm_head.weight",
+    },
+}
+BASE_PREFIX = {"llama": "model.", "gpt2": "transformer."}
+"""Left off in files of the model without its head."""
+_LAYERS = {"llama": "layers", "gpt2": "h"}
 
 
 def layer_tensors(config: GPTConfig, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One layer by canonical name → by the name and in the arrangement of Transformers."""
-    if config.style == "llama":
-        prefix = f"model.layers.{index}."
-        return {f"{prefix}{_LLAMA_LAYER[_stem(name)]}.weight": tensor for name, tensor in weights.items()}
-    prefix = f"transformer.h.{index}."
-    tensors = {}
-    for part in ("weight", "bias"):
-        for name, theirs in _GPT2_NORMS.items():
-            tensors[f"{prefix}{theirs}.{part}"] = weights[f"{name}.{part}"]
-        for name, theirs in _GPT2_LINEARS.items():
-            tensors[f"{prefix}{theirs}.{part}"] = weights[f"{name}.{part}"].t()
-        qkv = torch.cat([weights[f"attention.{name}.{part}"] for name in "qkv"])
-        tensors[f"{prefix}attn.c_attn.{part}"] = qkv.t()
+    tensors: dict[str, Tensor] = {}
+    for row, part, name in _rows(config, index):
+        stacked = [weights[f"{one}.{part}"] for one in row.ours]
+        whole = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
+        tensors[name] = whole.t() if row.transposed else whole
     return tensors
 
 
+def layer_weights(config: GPTConfig, index: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`layer_tensors`; ``read`` gives a tensor by the name of Transformers."""
+    shapes = config.layer_shapes()
+    weights: dict[str, Tensor] = {}
+    for row, part, name in _rows(config, index):
+        whole = read(name).t() if row.transposed else read(name)
+        names = [f"{one}.{part}" for one in row.ours]
+        pieces = whole.split([shapes[one][0] for one in names])
+        weights |= {one: piece.contiguous() for one, piece in zip(names, pieces, strict=True)}
+    return weights
+
+
 def outer_tensors(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What stands outside the layers, by the names of Transformers."""
-    llama = config.style == "llama"
-    names = {
-        "embedding.tokens": "model.embed_tokens.weight" if llama else "transformer.wte.weight",
-        "embedding.positions": "transformer.wpe.weight",
-        "final_norm.weight": "model.norm.weight" if llama else "transformer.ln_f.weight",
-        "final_norm.bias": "transformer.ln_f.bias",
-        "output.weight": "lm_head.weight",
-    }
-    return {names[name]: tensor for name, tensor in weights.items()}
+    """What stands outside the layers, by canonical name → by the names of Transformers."""
+    return {_OUTER[config.style][name]: tensor for name, tensor in weights.items()}
 
 
-def config_json(config: GPTConfig, dtype: torch.dtype, end_of_document_id: int) -> dict[str, Any]:
-    """The content of ``config.json``. Raises ``ValueError`` for shapes that Transformers has no model for."""
-    check_exportable(config)
-    common = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_embeddings,
-        "initializer_range": config.initializer_std,
-        "bos_token_id": end_of_document_id,
-        "eos_token_id": end_of_document_id,
-    }
-    return common | (_llama_config(config) if config.style == "llama" else _gpt2_config(config))
+def outer_weights(config: GPTConfig, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`outer_tensors`; ``read`` gives a tensor by the name of Transformers."""
+    return {name: read(_OUTER[config.style][name]) for name in outer_shapes(config)}
 
 
-def _llama_config(config: GPTConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.hidden,
-        "intermediate_size": config.feed_forward,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.query_groups,
-        "head_dim": config.channels,
-        "max_position_embeddings": config.context,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "rope_theta": config.rope_base,  # where readers older than Transformers 5 look
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": config.dropout,
-    }
+def linear_module(config: GPTConfig, index: int, name: str) -> str | None:
+    """The module (``model.layers.0.mlp.up_proj``) that a linear layer (``mlp.up``) is alone and as it is, or None."""
+    rows = (row for row in _LAYER[config.style] if row.ours == (name,) and not row.transposed)
+    return next((f"{_layer_prefix(config, index)}{row.theirs}" for row in rows), None)
 
 
-def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_embd": config.hidden,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_inner": config.feed_forward,
-        "n_positions": config.context,
-        "activation_function": "gelu",  # the exact one; Transformers' default for GPT-2 is the tanh approximation
-        "layer_norm_epsilon": config.norm_epsilon,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
+def tensor_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of everything that Transformers stores of this model."""
+    layer = {name: torch.empty(shape, device="meta") for name, shape in config.layer_shapes().items()}
+    outer = {name: torch.empty(shape, device="meta") for name, shape in outer_shapes(config).items()}
+    tensors = outer_tensors(config, outer)
+    for index in range(config.layers):
+        tensors |= layer_tensors(config, index, layer)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(".weight")
+def _rows(config: GPTConfig, index: int) -> list[tuple[_Row, str, str]]:
+    """What one layer is made of there: row of the table, ``weight`` or ``bias``, whole name."""
+    parts = ("weight", "bias") if config.bias else ("weight",)
+    prefix = _layer_prefix(config, index)
+    return [(row, part, f"{prefix}{row.theirs}.{part}") for row in _LAYER[config.style] for part in parts]
+
+
+def _layer_prefix(config: GPTConfig, index: int) -> str:
+    return f"{BASE_PREFIX[config.style]}{_LAYERS[config.style]}.{index}."
