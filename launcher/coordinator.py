@@ -48,6 +48,7 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
     try:
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
+        journal.append("waiting", {"reason": "Ray to start" if options.address == OWN else f"Ray at {options.address}"})
         with ray_session(options.address, options.devices, spec.execution.threads_per_rank, options.ray_dir) as room:
             control.listen()  # Ray has put its own handlers in place
             _write_servers(journal, options.address)

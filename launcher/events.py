@@ -6,6 +6,7 @@ claims its epoch by appending ``attempt_started``; when the writer of an older e
 and is refused. So whatever stands in the log was true when it was written, and a zombie can add nothing.
 """
 
+import contextlib
 import json
 import math
 import threading
@@ -93,7 +94,8 @@ class EventLog:
             return None
         self._checked = number
         if number % self.SEGMENT == 0:
-            self._pack(number)
+            with contextlib.suppress(OSError):  # the event stands; without its segment it is only read more slowly
+                self._pack(number)
         return event
 
     def _pack(self, last: int) -> None:

@@ -4,7 +4,7 @@ The decisions come from :mod:`launcher.policy`; this file carries them out and w
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.adopt import adopt_newest, remove_older_roots
 from launcher.journal import Journal
-from launcher.policy import Cause, Ended, GiveUp, after_gang_end, lost_work, root_cause, stalled
+from launcher.policy import HOPELESS, Cause, Ended, GiveUp, after_gang_end, loss_of, root_cause, stalled
 from launcher.view import CandidateView, GangView
 from launcher.workers import TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from parallelism.budget import Burnt
@@ -22,6 +22,8 @@ from parallelism.stop import StopReason
 from parallelism.training import TrainTask
 
 STEP_BATCH_SECONDS = 2.0
+SILENT_SECONDS, WAITING_SECONDS = 5.0, 60.0
+"""How long a group may wait for its devices without a word, and how often it says why from then on."""
 ROOT_CAUSE_SECONDS = 2.0
 """How long the others may take to end after the first rank has, so that the cause can be told from its consequences."""
 
@@ -78,6 +80,7 @@ class CandidateRun:
         self._root: Path | None = None
         self._resume_from: CheckpointInfo | None = None
         self._resumed_step = 0
+        self._say_waiting_at = 0.0
         self._reserved_at = 0.0
         self._progress_at = 0.0
         self._first_end_at: float | None = None
@@ -102,6 +105,7 @@ class CandidateRun:
         self._gangs += 1
         self._group, self._introduced = self._new_group(), False
         self._group.reserve()
+        self._say_waiting_at = time.monotonic() + SILENT_SECONDS
         self.phase = Phase.RESERVING
 
     def poll(self) -> None:
@@ -163,11 +167,11 @@ class CandidateRun:
     def _earlier_burnt(self) -> Burnt:
         """Burnt by all process groups before this one."""
         mine = (self._journal.epoch, self._gangs)
-        earlier = [gang for gang in self._candidate().gangs if (gang.epoch, gang.number) != mine]
-        return Burnt(sum(gang.device_seconds for gang in earlier), sum(gang.wall_seconds for gang in earlier))
+        return _burnt_by([gang for gang in self._candidate().gangs if (gang.epoch, gang.number) != mine])
 
     def _poll_reservation(self) -> None:
         if not self._active_group.reserved():
+            self._say_what_is_missing()
             return
         self._reserved_at = self._progress_at = time.monotonic()
         previous = self._candidate().gang
@@ -180,10 +184,16 @@ class CandidateRun:
         self._active_group.start()
         self.phase = Phase.STARTING
 
+    def _say_what_is_missing(self) -> None:
+        now = time.monotonic()
+        if now > self._say_waiting_at:
+            self._say_waiting_at = now + WAITING_SECONDS
+            self._append("waiting", reason=f"{self.name} needs {self._active_group.waiting_for()}")
+
     def _write_start(self, previous: GangView | None, resumed: CheckpointInfo | None) -> None:
         """From the event on, checkpoints of earlier process groups count for nothing."""
-        if previous and not _ended_well(previous):
-            self._write_restart(previous)
+        if previous and not previous.replaced and not _ended_well(previous):
+            self._write_restart(previous, resumed)
         self._append(
             "gang_started",
             gang=self._gangs,
@@ -193,20 +203,23 @@ class CandidateRun:
             resumed_step=self._resumed_step,
         )
 
-    def _write_restart(self, previous: GangView) -> None:
-        steps, device_seconds = lost_work(
+    def _write_restart(self, previous: GangView, resumed: CheckpointInfo | None) -> None:
+        """The clock of the dead group is set, too: after it was last heard of, it may have written a checkpoint."""
+        loss = loss_of(
             previous.step,
-            previous.device_seconds,
-            previous.checkpoint_step,
-            previous.checkpoint_device_seconds,
+            Burnt(previous.device_seconds, previous.wall_seconds),
+            _burnt_by(self._candidate().gangs[:-1]),
             self._resumed_step,
+            resumed.metrics.burnt if resumed else Burnt(),
         )
         self._append(
             "restart",
             reason=previous.ended or Cause.COORDINATOR_LOST.value,
             from_step=self._resumed_step,
-            lost_steps=steps,
-            lost_device_seconds=device_seconds,
+            lost_steps=loss.steps,
+            lost_device_seconds=loss.device_seconds,
+            gang_device_seconds=loss.burnt.device_seconds,
+            gang_wall_seconds=loss.burnt.wall_seconds,
         )
 
     def _poll_start(self) -> None:
@@ -307,12 +320,12 @@ class CandidateRun:
         newest = CheckpointStore(self._root).newest()
         new_checkpoint = newest is not None and newest.step > self._resumed_step
         decision = after_gang_end(end, self._consecutive, new_checkpoint, self._max_restarts)
-        if isinstance(decision, GiveUp):
+        if self._stop_deadline and end.cause not in HOPELESS:
+            self.phase = Phase.STOPPED
+        elif isinstance(decision, GiveUp):
             self.failure = decision.reason
             self._append("candidate_failed", error=self.failure, cause=end.cause.value, rank=end.rank)
             self.phase = Phase.FAILED
-        elif self._stop_deadline:
-            self.phase = Phase.STOPPED
         else:
             self._consecutive = decision.consecutive
             self._start_after = time.monotonic() + decision.after_seconds
@@ -347,6 +360,10 @@ class CandidateRun:
 
     def _append(self, kind: str, **fields: Any) -> None:
         self._journal.append(kind, {"candidate": self.name, **fields})
+
+
+def _burnt_by(gangs: Sequence[GangView]) -> Burnt:
+    return Burnt(sum(gang.device_seconds for gang in gangs), sum(gang.wall_seconds for gang in gangs))
 
 
 def _ended_well(gang: GangView) -> bool:

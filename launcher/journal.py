@@ -11,11 +11,13 @@ This is the only code that knows paths inside the directory::
     exports/  report/  logs/  tracking/
 """
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +36,12 @@ from launcher.view import JobView
 __all__ = ["Desired", "Event", "Journal", "StageRecord", "StaleEpochError", "code_version", "hash_inputs"]
 
 Desired = Literal["run", "pause", "cancel"]
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL_DISK_SECONDS, FULL_DISK_POLL_SECONDS = 600.0, 5.0
+
+CLOCK_SECONDS = 3.0
+"""Processes with one number whose start lies closer together are the same: no number is given out again so soon."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Journal:
             "working_directory": os.getcwd(),
             "versions": {"espalier": code_version(), "python": platform.python_version()},
         }
+        self.directory.mkdir(parents=True, exist_ok=True)
         if not self.storage.put_exclusive("job.json", _encode(facts)):
             raise ValueError(f"{self.directory} already holds a job: choose another directory")
         self.storage.put("spec.json", _encode(spec.model_dump(mode="json")))
@@ -123,9 +132,20 @@ class Journal:
         return self._log.claim_epoch(identity | {"process_created": psutil.Process().create_time()})
 
     def append(self, kind: str, fields: Mapping[str, Any]) -> Event:
-        """Write one event; needs a claimed epoch. Raises :class:`StaleEpochError` once a newer attempt has begun."""
+        """Write one event; needs a claimed epoch. Raises :class:`StaleEpochError` once a newer attempt has begun.
+
+        On a full disk it waits for room, because the work goes on meanwhile; after ten minutes it raises ``OSError``.
+        """
         assert self.epoch, "claim an epoch before writing events"
-        return self._log.append(kind, fields)
+        deadline = time.monotonic() + FULL_DISK_SECONDS
+        while True:
+            try:
+                return self._log.append(kind, fields)
+            except OSError as error:
+                if error.errno not in NO_SPACE or time.monotonic() > deadline:
+                    raise
+                print(f"event {kind} waits for room in {self.directory}: {error}", file=sys.stderr, flush=True)
+                time.sleep(FULL_DISK_POLL_SECONDS)
 
     def set_state(self, state: JobState, **fields: Any) -> None:
         """Change the job's state. Raises ``IllegalTransition``."""
@@ -162,7 +182,7 @@ class Journal:
             return None
         if attempt["node"] != socket.gethostname():
             return attempt if time.time() - view.last_time < 60 else None
-        return attempt if _lives(attempt["pid"], attempt["process_created"]) else None
+        return attempt if is_process(attempt["pid"], attempt["process_created"]) else None
 
     # Stages
 
@@ -261,11 +281,15 @@ def code_version() -> str:
         return "source"
 
 
-def _lives(pid: int, created: float) -> bool:
-    """Whether this very process still runs (a process id may be given out again)."""
+def is_process(pid: int, created: float, zombie: bool = False) -> bool:
+    """Whether this very process still runs (a process id may be given out again), or at least is a ``zombie``.
+
+    ``created`` moves with the clock of the machine, which may be corrected.
+    """
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - created) < CLOCK_SECONDS
+        return same and (zombie or process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from parallelism.budget import Budget
+from parallelism.budget import Budget, Burnt
 from parallelism.result import STALLED_EXIT_CODE
 
 
@@ -156,20 +156,26 @@ def after_coordinator_end(end: CoordinatorEnd, fruitless: int, most_fruitless: i
     return Restart(after_seconds=0.0 if count <= 1 else min(30.0, 2.0 ** (count - 2)), consecutive=count)
 
 
-def lost_work(
-    step: int, device_seconds: float, checkpoint_step: int, checkpoint_device_seconds: float, resumed_step: int
-) -> tuple[int, float]:
-    """Steps and device-seconds to be repeated when a group that reached ``step`` is continued from ``resumed_step``.
+@dataclass(frozen=True)
+class Loss:
+    """What a dead process group burnt in all, and what of its work has to be done again."""
 
-    The clock is known at the last checkpoint that was reported; where the group is continued from another one (its
-    report was lost, or its files are damaged), time is shared out evenly over the steps.
+    burnt: Burnt
+    steps: int
+    device_seconds: float
+
+
+def loss_of(step: int, burnt: Burnt, earlier: Burnt, kept_step: int, kept: Burnt) -> Loss:
+    """The loss when a group that is known to have reached ``step`` is continued from the checkpoint of ``kept_step``.
+
+    ``burnt`` is what the group is known to have burnt, ``earlier`` what all groups before it had, and ``kept`` what all
+    had when the state of the checkpoint was taken (nothing without a checkpoint). A group may have run on after it was
+    last heard of; what its checkpoint says counts then. What earlier groups lost is not counted again.
     """
-    steps = max(0, step - resumed_step)
-    if resumed_step == checkpoint_step:
-        return steps, max(0.0, device_seconds - checkpoint_device_seconds)
-    if resumed_step > checkpoint_step and step > checkpoint_step:
-        return steps, (device_seconds - checkpoint_device_seconds) * steps / (step - checkpoint_step)
-    return steps, device_seconds * steps / step if step else device_seconds
+    device = max(burnt.device_seconds, kept.device_seconds - earlier.device_seconds)
+    wall = max(burnt.wall_seconds, kept.wall_seconds - earlier.wall_seconds)
+    useful = max(0.0, kept.device_seconds - earlier.device_seconds)
+    return Loss(Burnt(device, wall), max(0, step - kept_step), device - useful)
 
 
 def side_by_side(budget: Budget) -> Literal["devices", "cores"]:

@@ -8,6 +8,7 @@ import time
 
 import psutil
 
+from launcher.journal import CLOCK_SECONDS
 from launcher.view import JobView
 
 PATIENCE_SECONDS = 5.0
@@ -23,7 +24,7 @@ def local_processes(view: JobView, include_coordinator: bool = False) -> list[ps
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(event["pid"])
             # A younger process than the event merely got the same number.
-            if process.create_time() <= event["time"] and process.status() != psutil.STATUS_ZOMBIE:
+            if process.create_time() <= event["time"] + CLOCK_SECONDS and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 

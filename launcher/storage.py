@@ -3,6 +3,7 @@
 An object store offers the same five: a conditional PUT (``If-None-Match: *``) is :meth:`Storage.put_exclusive`.
 """
 
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -82,17 +83,24 @@ class LocalStorage:
         (self.root / key).unlink(missing_ok=True)
 
     def _target(self, key: str) -> Path:
+        """Where an object belongs; its folder is made, but not the root: one that has gone is not made again."""
         target = self.root / key
+        if not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the job's directory is gone", str(self.root))
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def _write_partial(self, content: bytes) -> Path:
         partial = self._target(f"{self.PARTIAL}/{uuid.uuid4().hex}")
-        with open(partial, "xb") as file:
-            file.write(content)
-            if self.durable:
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            with open(partial, "xb") as file:
+                file.write(content)
+                if self.durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError:  # the disk may be full
+            partial.unlink(missing_ok=True)
+            raise
         return partial
 
     def _sync_directory(self, directory: Path) -> None:

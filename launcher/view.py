@@ -23,18 +23,9 @@ class GangView:
     device_seconds: float = 0.0
     wall_seconds: float = 0.0
     checkpoint_step: int = 0
-    checkpoint_device_seconds: float = 0.0
     ended: str | None = None
-
-    @property
-    def lost_steps(self) -> int:
-        """Steps that a restart from the last checkpoint has to repeat."""
-        return max(0, self.step - self.checkpoint_step)
-
-    @property
-    def lost_device_seconds(self) -> float:
-        """Device-seconds since the last checkpoint, which a death of the gang now would waste."""
-        return max(0.0, self.device_seconds - self.checkpoint_device_seconds)
+    replaced: bool = False
+    """Its death is written down, and what it lost."""
 
 
 @dataclass
@@ -116,6 +107,8 @@ def _state(view: JobView, event: Event) -> None:
     view.state = JobState(event["state"])
     if view.state in RESTING:
         view.released, view.active_stage = True, None
+    if view.state is not JobState.STARTING:
+        view.waiting = None
     view.error = event.get("error") or (None if view.state is JobState.SUCCEEDED else view.error)
 
 
@@ -143,7 +136,7 @@ def _process_ended(view: JobView, event: Event) -> None:
 
 def _gang_started(view: JobView, event: Event) -> None:
     candidate = view.candidate(event["candidate"])
-    candidate.result = candidate.failure = None
+    candidate.result = candidate.failure = view.waiting = None
     candidate.gangs.append(
         GangView(
             epoch=event["epoch"],
@@ -199,8 +192,6 @@ def _train_checkpoint(view: JobView, event: Event) -> None:
     candidate = _gang_event(view, event)
     if candidate and candidate.gang:
         candidate.gang.checkpoint_step = max(candidate.gang.checkpoint_step, event["step"])
-        earlier = candidate.device_seconds - candidate.gang.device_seconds
-        candidate.gang.checkpoint_device_seconds = max(0.0, event["device_seconds"] - earlier)
 
 
 def _gang_ended(view: JobView, event: Event) -> None:
@@ -210,7 +201,11 @@ def _gang_ended(view: JobView, event: Event) -> None:
 
 
 def _restart(view: JobView, event: Event) -> None:
-    view.candidate(event["candidate"]).restarts.append(event)
+    candidate = view.candidate(event["candidate"])
+    candidate.restarts.append(event)
+    if candidate.gang:
+        _clock(candidate.gang, event)
+        candidate.gang.replaced = True
 
 
 def _candidate_done(view: JobView, event: Event) -> None:

@@ -207,6 +207,18 @@ class WorkerGroup:
         """Whether all devices are held."""
         return bool(placement_group_table(self._placement)["state"] == "CREATED")
 
+    def waiting_for(self) -> str:
+        """What the cluster lacks, while :meth:`reserved` is false."""
+        wanted, free, total = self._wanted(), ray.available_resources(), ray.cluster_resources()
+        parts = [f"{wanted[kind]:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} free)" for kind in wanted]
+        bundles = self.shape.bundles()
+        spread = f" in {len(bundles)} bundles of one node each" if len(bundles) > 1 else " on one node"
+        return f"{' and '.join(parts)}{spread}"
+
+    def _wanted(self) -> dict[str, float]:
+        bundles = self.shape.bundles()
+        return {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}
+
     def start(self) -> None:
         """Create the actors on the reserved devices."""
         for rank in range(self.shape.world_size):

@@ -87,7 +87,10 @@ def read_info(path: str | Path) -> CheckpointInfo:
         raise ValueError(f"{path} is not a complete checkpoint (no {MANIFEST}): {remedy}") from None
     except (json.JSONDecodeError, ValidationError) as error:
         raise ValueError(f"{path / MANIFEST} is not a checkpoint's manifest ({error}): {remedy}") from error
-    found = _sizes(path)
+    try:
+        found = _sizes(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is being deleted: {remedy}") from None
     wrong = sorted(name for name, size in info.files.items() if found.get(name) != size)
     if wrong:
         raise ValueError(f"{path} is damaged: missing or of another size: {', '.join(wrong[:5])}: {remedy}")

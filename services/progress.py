@@ -91,7 +91,7 @@ def _status(view: CandidateView) -> str:
 def job_line(view: JobView, variants: int) -> str:
     """The job's state in one line; ``variants``: how many the job will have."""
     parts = [view.state.value]
-    if view.waiting and view.state is JobState.STARTING:
+    if view.waiting:
         parts.append(f"waiting: {view.waiting}")
     if view.active_stage:
         parts.append(view.active_stage)

@@ -18,7 +18,7 @@ import psutil
 
 from launcher.backends.base import BackendStatus, Handle, Phase
 from launcher.environment import default_devices, own_cluster, python_path
-from launcher.journal import Journal
+from launcher.journal import Journal, is_process
 
 OWN = "own"
 LONGEST_TEMP_DIR = 20
@@ -60,7 +60,8 @@ class LocalBackend:
         """Where the coordinator stands. Once it has ended, what it may have left behind is ended, too."""
         child = self._children.get(handle["pid"])
         exit_code = child.poll() if child else None
-        if exit_code is None and _alive(handle):
+        # A child counts until it can be waited for: its first thread is a zombie before the last one has ended.
+        if exit_code is None and (child or is_process(handle["pid"], handle["created"])):
             return BackendStatus(Phase.RUNNING)
         self._clean_up(handle)
         return BackendStatus(Phase.ENDED, _how(exit_code), exit_code)
@@ -68,24 +69,22 @@ class LocalBackend:
     def stop(self, handle: Handle, grace_seconds: float) -> None:
         """Ask the coordinator to checkpoint and end; after the grace period nothing of it is left."""
         deadline = time.monotonic() + grace_seconds
-        if grace_seconds > 0 and _alive(handle):
+        if grace_seconds > 0 and is_process(handle["pid"], handle["created"]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(handle["pid"], signal.SIGTERM)
         while time.monotonic() < deadline and self.status(handle).phase is not Phase.ENDED:
             time.sleep(0.1)
-        if _alive(handle):
-            _kill_group(handle["pid"])
-            child = self._children.get(handle["pid"])
-            if child:
-                child.wait()
         self._clean_up(handle)
+        child = self._children.get(handle["pid"])
+        if child:
+            child.wait()
 
     def logs(self, handle: Handle, journal: Journal, lines: int = 50) -> str:
         """The end of the coordinator's output."""
         return tail(journal.log_path("coordinator"), lines)
 
     def _clean_up(self, handle: Handle) -> None:
-        _kill_group(handle["pid"])
+        _kill_group(handle)
         shutil.rmtree(handle["ray_dir"], ignore_errors=True)
 
 
@@ -112,19 +111,15 @@ def _working_directory(journal: Journal) -> str:
     return folder if os.path.isdir(folder) else str(journal.directory)
 
 
-def _alive(handle: Handle) -> bool:
-    try:
-        process = psutil.Process(handle["pid"])
-        same = abs(process.create_time() - handle["created"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _kill_group(handle: Handle) -> None:
+    """End every process of the coordinator's group.
 
-
-def _kill_group(leader: int) -> None:
-    """End every process of the coordinator's group; its number stays taken as long as one of them lives."""
+    Its number stays taken as long as one of them lives: where another process has it now, none does.
+    """
+    if psutil.pid_exists(handle["pid"]) and not is_process(handle["pid"], handle["created"], zombie=True):
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(handle["pid"], signal.SIGKILL)
 
 
 def _how(exit_code: int | None) -> str:

@@ -5,20 +5,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 
 def fingerprint(checkpoint: str | Path) -> dict[str, str]:
-    """Key → SHA-256 of the bytes of every tensor in the checkpoint, whatever layout wrote it."""
+    """Key → SHA-256 of every tensor's bytes, whatever layout wrote it, and of every rank's random state."""
     reader = dcp.FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata()
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
+        for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {
-        key: sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for key, tensor in tensors.items()
-    }
+    content = {key: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for key, tensor in tensors.items()}
+    return {key: sha256(part).hexdigest() for key, part in (content | _objects(Path(checkpoint), metadata)).items()}
+
+
+def _objects(checkpoint: Path, metadata: Metadata) -> dict[str, bytes]:
+    """The bytes of everything that is not a tensor, as they lie in the files."""
+    found = {}
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            with (checkpoint / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                found[index.fqn] = file.read(place.length)
+    return found

@@ -8,6 +8,7 @@ import pytest
 
 from launcher import adopt
 from launcher.adopt import adopt_newest, remove_older_roots
+from parallelism import checkpoint_store
 from parallelism.budget import Budget, Progress
 from parallelism.checkpoint_store import CheckpointInfo, CheckpointStore, Metrics
 from parallelism.layout import Layout
@@ -95,6 +96,23 @@ def test_a_checkpoint_deleted_meanwhile_is_passed_over_for_its_successor(
     assert info is not None
     assert info.step == 30
     assert [path.name for path in new.iterdir()] == [info.path.name]
+
+
+def test_a_checkpoint_deleted_while_it_is_looked_at_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "old", 10)
+    going = _write(tmp_path / "old", 20)
+    real = checkpoint_store._sizes
+
+    def racing(directory: Path) -> dict[str, int]:
+        if directory == going:
+            shutil.rmtree(going)
+            raise FileNotFoundError(going)  # as a file that was listed and has gone
+        return real(directory)
+
+    monkeypatch.setattr(checkpoint_store, "_sizes", racing)
+    assert [info.step for info in CheckpointStore(tmp_path / "old").complete()] == [10]
 
 
 def test_files_are_copied_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

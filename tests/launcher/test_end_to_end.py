@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, create_job, run_job, stop_job
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.spec import JobSpec
 from launcher.states import JobState
+from tests.launcher.faults import Fault, FaultPlan
 from tests.launcher.fingerprint import fingerprint
-from tests.launcher.test_coordinator import left_behind
+from tests.launcher.leftovers import left_behind
 
 STEPS, BATCH, LENGTH = 30, 8, 32
 SMALL = {"name": "small", "model": {"family": "gpt", "layers": 1, "hidden": 32, "heads": 2}}
@@ -85,6 +87,28 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     return journal
 
 
+FAULTS = (
+    Fault("within a step", "step", 7, rank=1, delay_seconds=0.02),
+    Fault("the writer alone", "data", 10, rank=1, victim="writer"),
+    Fault("half of the data is written", "data", 15, rank=1, victim="both"),
+    Fault("data complete, manifest missing", "manifest", 20),
+    Fault("checkpoint complete, nobody told", "unreported", 25),
+    Fault("the candidate is done, its stage is not", "event", kind="candidate_done"),
+)
+
+
+@pytest.fixture(scope="module")
+def stormy(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    """The large candidate alone, under kills at chosen points; more of them than restarts without a new checkpoint."""
+    folder = tmp_path_factory.mktemp("stormy")
+    home = Home(folder / "home")
+    execution = {"devices": 2, "checkpoint_every": {"steps": 5}, "max_restarts": 2}
+    journal = create_job(_spec(folder / "text", [LARGE], export={"variants": "none"}, execution=execution), home)
+    FaultPlan(journal.directory, FAULTS, pace_seconds=0.1).write()
+    assert run_job(home, journal.job_id, LocalBackend("tests.launcher.faulty_coordinator")) is JobState.SUCCEEDED
+    return journal
+
+
 def _pid(journal: Journal, role: str, **fields: Any) -> int:
     events = [event for event in journal.view().processes.values() if event["role"] == role]
     return [event["pid"] for event in events if all(event[name] == value for name, value in fields.items())][-1]
@@ -116,6 +140,28 @@ def test_kills_leave_the_weights_as_they_were_bit_for_bit(undisturbed: Journal, 
     assert restart["reason"] == "rank died"
     assert restart["from_step"] % 5 == 0
     assert 0 < stormy["lost_device_seconds"] < stormy["device_seconds"]
+
+
+@pytest.mark.timeout(600)
+def test_kills_at_every_point_of_a_checkpoint_change_nothing_but_the_bill(
+    undisturbed: Journal, stormy: Journal
+) -> None:
+    assert FaultPlan.read(stormy.directory).struck() == sorted(fault.name for fault in FAULTS)
+    calm, stormy_row = _candidate(undisturbed, "large"), _candidate(stormy, "large")
+    assert fingerprint(stormy_row["checkpoint"]) == fingerprint(calm["checkpoint"])
+    for name in ("steps", "tokens", "flops", "train_loss", "validation_loss"):
+        assert stormy_row[name] == calm[name], name
+    view = stormy.view().candidate("large")
+    assert [restart["reason"] for restart in view.restarts] == ["rank died"] * 4
+    assert view.restarts[2]["from_step"] == 15  # what has no manifest counts for nothing
+    assert view.restarts[3]["from_step"] == 25  # what has one counts, told or not
+    assert all(restart["lost_device_seconds"] > 0 for restart in view.restarts)
+    assert [event["step"] for event in stormy.events() if event["kind"] == "train.checkpoint_failed"] == [10]
+    assert stormy.view().epoch == 2
+    assert [gang.ended for gang in view.gangs] == ["rank died"] * 4 + ["budget"] * 2
+    assert view.gangs[-1].resumed_step == STEPS
+    assert stormy_row["device_seconds"] > stormy_row["lost_device_seconds"]
+    assert left_behind(stormy) == []
 
 
 @pytest.mark.timeout(600)

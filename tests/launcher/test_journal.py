@@ -1,8 +1,10 @@
 """The journal: exclusive events, epochs that fence, stages that become true by an event, fast incremental reading."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -198,6 +200,58 @@ def test_put_exclusive_creates_once(tmp_path: Path) -> None:
     storage.delete("a/b.json")
     assert storage.get("a/b.json") is None
     assert storage.list(LocalStorage.PARTIAL) == []
+
+
+class _FullDisk(LocalStorage):
+    """Has no room for the next ``refusals`` new objects."""
+
+    refusals = 0
+
+    def put_exclusive(self, key: str, content: bytes) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().put_exclusive(key, content)
+
+
+def test_an_event_waits_for_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = _FullDisk(new_journal(tmp_path).directory)
+    journal = Journal(storage.root, storage)
+    journal.claim_epoch()
+    monkeypatch.setattr("launcher.journal.FULL_DISK_POLL_SECONDS", 0.01)
+    storage.refusals = 3
+    journal.append("heartbeat", {"candidate": None})
+    assert storage.refusals == 0
+    assert [event["kind"] for event in journal.events()] == ["submitted", "attempt_started", "heartbeat"]
+    assert capsys.readouterr().err.count("event heartbeat waits for room") == 3
+    monkeypatch.setattr("launcher.journal.FULL_DISK_SECONDS", 0.05)
+    storage.refusals = 10_000
+    with pytest.raises(OSError, match="No space left"):
+        journal.append("heartbeat", {"candidate": None})
+    assert len(list(journal.events())) == 3
+
+
+def test_half_an_object_is_not_left_where_the_disk_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    storage = LocalStorage(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.put("a/b.json", b"1")
+    assert storage.list(LocalStorage.PARTIAL) == []
+    assert storage.get("a/b.json") is None
+
+
+def test_a_job_whose_directory_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    shutil.rmtree(journal.directory)
+    with pytest.raises(FileNotFoundError, match="the job's directory is gone"):
+        journal.append("heartbeat", {"candidate": None})
+    assert not journal.directory.exists()
 
 
 def test_a_stage_is_done_only_with_the_same_inputs(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The local back-end's process handling, with small programs in the coordinator's place, and jobs on disk."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,34 @@ def test_a_submission_that_ends_tells_its_exit_code(tmp_path: Path) -> None:
     status = backend.status(handle)
     assert (status.exit_code, status.reason) == (1, "exit code 1")
     assert "No module named" in backend.logs(handle, journal)
+
+
+def test_the_exit_code_is_awaited_while_the_last_threads_end(tmp_path: Path) -> None:
+    """A process whose first thread has ended looks like a zombie, but there is nothing to wait for yet."""
+    journal, backend = new_journal(tmp_path), LocalBackend("tests.launcher.slow_ender")
+    handle = backend.submit(journal)
+    try:
+        _until(lambda: psutil.Process(handle["pid"]).status() == psutil.STATUS_ZOMBIE)
+        assert backend.status(handle).phase is Phase.RUNNING
+        (journal.directory / "end").touch()
+        _until(lambda: backend.status(handle).phase is Phase.ENDED)
+    finally:
+        backend.stop(handle, 0)
+    assert backend.status(handle).exit_code == 4
+
+
+def test_a_number_that_another_process_has_now_is_left_alone(tmp_path: Path) -> None:
+    innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        handle = {"pid": innocent.pid, "created": time.time() - 3600, "ray_dir": str(tmp_path / "ray")}
+        assert LocalBackend().status(handle).phase is Phase.ENDED
+        LocalBackend().stop(handle, 0)
+        assert innocent.poll() is None
+        innocent.communicate(b"\n", timeout=30)
+        assert innocent.returncode == 0
+    finally:
+        innocent.kill()
+        innocent.wait()
 
 
 def test_jobs_are_found_by_id_beginning_and_last(tmp_path: Path) -> None:

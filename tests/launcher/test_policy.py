@@ -13,12 +13,12 @@ from launcher.policy import (
     cause_of_exit,
     classify,
     fits,
-    lost_work,
+    loss_of,
     root_cause,
     side_by_side,
     stalled,
 )
-from parallelism.budget import Budget
+from parallelism.budget import Budget, Burnt
 from parallelism.result import STALLED_EXIT_CODE, DivergedError
 
 
@@ -107,11 +107,18 @@ def test_coordinators_are_restarted_unless_they_ended_by_themselves_or_get_nowhe
 
 
 def test_lost_work() -> None:
-    assert lost_work(30, 100.0, 20, 70.0, 20) == (10, 30.0)  # from the last reported checkpoint
-    assert lost_work(30, 100.0, 20, 70.0, 25) == (5, 15.0)  # from one whose report was lost
-    assert lost_work(30, 90.0, 20, 70.0, 10) == (20, 60.0)  # from an older one
-    assert lost_work(0, 12.0, 0, 0.0, 0) == (0, 12.0)  # died while starting
-    assert lost_work(20, 70.0, 20, 70.0, 20) == (0, 0.0)
+    def lost(step: int, burnt: float, earlier: float, kept_step: int, kept: float) -> tuple[int, float, float]:
+        loss = loss_of(step, Burnt(burnt, burnt / 2), Burnt(earlier, earlier / 2), kept_step, Burnt(kept, kept / 2))
+        assert loss.burnt.wall_seconds == loss.burnt.device_seconds / 2
+        return loss.steps, loss.device_seconds, loss.burnt.device_seconds
+
+    assert lost(30, 100.0, 0.0, 20, 70.0) == (10, 30.0, 100.0)
+    assert lost(30, 100.0, 50.0, 20, 70.0) == (10, 80.0, 100.0)  # the second group
+    assert lost(29, 100.0, 0.0, 30, 98.0) == (0, 2.0, 100.0)  # the last steps and the checkpoint were not told
+    assert lost(30, 12.0, 50.0, 30, 40.0) == (0, 12.0, 12.0)  # died while starting: the checkpoint is of another group
+    assert lost(30, 10.0, 50.0, 20, 40.0) == (10, 10.0, 10.0)  # no new checkpoint: the rest was counted before
+    assert lost(25, 40.0, 10.0, 90, 80.0) == (0, 0.0, 70.0)  # ran on for long after it was last heard of
+    assert lost(0, 12.0, 0.0, 0, 0.0) == (0, 12.0, 12.0)  # there never was a checkpoint
 
 
 def test_candidates_share_devices_but_under_a_clock_no_cores() -> None:

@@ -72,23 +72,24 @@ def test_burnt_work_is_summed_over_groups_and_attempts_and_progress_is_not(tmp_p
     second = Journal(first.directory)
     second.claim_epoch()
     restart = {"reason": "coordinator lost", "from_step": 3, "lost_steps": 2, "lost_device_seconds": 19.0}
-    second.append("restart", {"candidate": "small", **restart})
+    # The group ran on after the last thing that was heard of it.
+    clocks = {"gang_device_seconds": 51.0, "gang_wall_seconds": 25.5}
+    second.append("restart", {"candidate": "small", **restart, **clocks})
     _gang(second, 1, step=3, resumed="/c")
     _steps(second, [4, 5, 6], 42.0)
     second.append(
         "heartbeat", {"candidate": "small", "step": 6, "gang_device_seconds": 44.0, "gang_wall_seconds": 22.0}
     )
     (candidate,) = result_document(first)["candidates"]
-    assert candidate["device_seconds"] == 50.0 + 44.0
+    assert candidate["device_seconds"] == 51.0 + 44.0
     assert candidate["lost_device_seconds"] == 19.0
     assert (candidate["steps"], candidate["tokens"], candidate["flops"]) == (6, 48, 6e6)
     assert candidate["restarts"] == 1
     assert candidate["train_loss"] == 5.0 - 0.6
     assert result_document(first)["attempts"] == 2
     view = second.view().candidate("small")
-    assert [gang.checkpoint_device_seconds for gang in view.gangs] == [31.0, 0.0]
-    assert [gang.lost_steps for gang in view.gangs] == [2, 3]
-    assert view.gangs[0].lost_device_seconds == 19.0
+    assert [gang.checkpoint_step for gang in view.gangs] == [3, 3]
+    assert [gang.replaced for gang in view.gangs] == [True, False]
 
 
 def test_variants_come_from_their_events_until_the_report_stands(tmp_path: Path) -> None:

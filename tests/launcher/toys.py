@@ -13,6 +13,7 @@ from parallelism.stop import StopRequest
 from parallelism.training import TrainTask
 
 Say = Any
+STEP_SECONDS = 0.02
 
 
 def count(task: dict[str, Any], report: Say, stop: StopRequest) -> dict[str, Any]:
@@ -63,9 +64,10 @@ def pretend_to_train(task: TrainTask, report: Say, stop: StopRequest) -> TrainRe
 
     A task named ``diverges-at-N`` does so; other faults come from outside, by signals.
     """
-    from parallelism.checkpoint_store import CheckpointStore, Metrics, read_info
+    from parallelism.checkpoint_store import CheckpointStore, read_info
 
-    store, watch = CheckpointStore(task.checkpoint_dir), Stopwatch(1, Burnt(task.burnt_device_seconds))
+    earlier = Burnt(task.burnt_device_seconds, task.burnt_wall_seconds)
+    store, watch = CheckpointStore(task.checkpoint_dir), Stopwatch(1, earlier)
     info = read_info(task.resume_from) if task.resume_from else None
     progress = info.progress if info else Progress()
     total = int((info.path / "sum").read_text()) if info else 0
@@ -74,18 +76,17 @@ def pretend_to_train(task: TrainTask, report: Say, stop: StopRequest) -> TrainRe
     while progress.tokens < task.budget.limit and not stop.reason:
         progress = progress.advanced(1, 1, 10.0)
         total += progress.step
-        time.sleep(0.02)
+        time.sleep(STEP_SECONDS)
         if task.name.startswith("diverges-at-") and progress.step == int(task.name.rpartition("-")[2]):
             raise DivergedError(progress.step, float("nan"), 1.0, None)
         report("step", {"step": progress.step, "loss": 1 / progress.step, "tokens": progress.tokens, "flops": 0.0})
         if progress.step % (task.checkpoint.steps or 10) == 0:
-            path = _save(store, task, progress, total)
+            path = _save(store, task, progress, total, watch.burnt())
             report("checkpoint", _facts(progress.step, path, watch))
     if path is None or not path.name.endswith(f"{progress.step:08d}"):
-        path = _save(store, task, progress, total)
+        path = _save(store, task, progress, total, watch.burnt())
         report("checkpoint", _facts(progress.step, path, watch))
     reason = stop.reason or "budget"
-    assert store.complete()[-1].metrics == Metrics()
     report("finished", {"reason": reason, "step": progress.step})
     return TrainResult(
         reason=reason,
@@ -99,14 +100,14 @@ def pretend_to_train(task: TrainTask, report: Say, stop: StopRequest) -> TrainRe
     )
 
 
-def _save(store: Any, task: TrainTask, progress: Progress, total: int) -> Path:
+def _save(store: Any, task: TrainTask, progress: Progress, total: int, burnt: Burnt) -> Path:
     from parallelism.checkpoint_store import Metrics
 
     directory = store.directory(task.epoch, progress.step)
     store.prepare(directory)
     (directory / "sum").write_text(str(total))
     (directory / "task.json").write_text(json.dumps(task.model_dump(mode="json")))
-    store.commit(directory, task, progress, Metrics())
+    store.commit(directory, task, progress, Metrics(burnt=burnt))
     store.keep_newest(task.checkpoint.keep)
     return directory
 

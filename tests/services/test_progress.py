@@ -108,6 +108,16 @@ def test_lines_come_at_changes_and_at_intervals(monkeypatch: pytest.MonkeyPatch)
     assert written(story.tell("stage_started", stage="compress")) == ["running · compress"]
 
 
+def test_a_job_that_waits_says_why_until_it_goes_on() -> None:
+    story = Story()
+    story.tell("state", state="starting")
+    assert job_line(story.tell("waiting", reason="Ray to start"), 0) == "starting · waiting: Ray to start"
+    assert job_line(story.tell("state", state="running"), 0) == "running"
+    needs = "a needs 8 CPU (2 of 4 free) on one node"
+    assert job_line(story.tell("waiting", candidate="a", reason=needs), 0) == f"running · waiting: {needs}"
+    assert job_line(story.gang("a"), 0) == "running"
+
+
 def test_bars_show_every_number_and_lines_serve_where_there_is_no_terminal() -> None:
     text = io.StringIO()
     console = Console(file=text, width=140, force_terminal=True)

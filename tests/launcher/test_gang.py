@@ -1,0 +1,102 @@
+"""One candidate's process groups on a real Ray cluster: what is said while devices are missing, and after a death."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from launcher.gang import CandidateRun, Phase
+from launcher.journal import Journal
+from launcher.session import Room
+from launcher.view import CandidateView
+from launcher.workers import GroupShape
+from tests.launcher.made import new_journal
+
+
+def _run(journal: Journal, world_size: int = 1) -> CandidateRun:
+    return CandidateRun(
+        journal,
+        "small",
+        GroupShape(world_size, tensor=world_size, threads=1),
+        lambda root, resumed, burnt: {"steps": 10_000, "seconds": 0.01},
+        max_restarts=0,
+        stall_seconds=60.0,
+        function="tests.launcher.toys:count",
+        connected=False,
+    )
+
+
+def _poll(run: CandidateRun, until: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        run.poll()
+        time.sleep(0.05)
+
+
+def test_a_group_that_waits_for_devices_says_for_which(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.gang.SILENT_SECONDS", 0.1)
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    run = _run(journal, world_size=8)
+    run.reserve()
+    _poll(run, lambda: journal.view().waiting)
+    assert journal.view().waiting == "small needs 8 CPU (4 of 4 free) on one node"
+    run.poll()
+    assert [event["kind"] for event in journal.events()].count("waiting") == 1
+    run.stop("pause", 0.0)
+    assert run.phase is Phase.STOPPED
+    fits = _run(journal)
+    fits.reserve()
+    _poll(fits, lambda: fits.phase is Phase.STARTING)
+    assert journal.view().waiting is None
+    fits.stop("pause", 0.0)
+
+
+def test_a_death_is_written_down_once(room: Room, tmp_path: Path) -> None:
+    """The coordinator that wrote it may die before the next group has begun."""
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    gang = {"gang": 1, "root": str(tmp_path / "e0001-g01"), "world_size": 1, "resumed_from": None, "resumed_step": 0}
+    journal.append("gang_started", {"candidate": "small", **gang})
+    journal.claim_epoch()
+    first = _run(journal)
+    first._append = partial(_die_before_the_gang, journal)
+    first.reserve()
+    with pytest.raises(KeyboardInterrupt):
+        _poll(first, lambda: False)
+    first.abandon()
+    journal.claim_epoch()
+    second = _run(journal)
+    second.reserve()
+    _poll(second, lambda: second.phase is Phase.STARTING)
+    second.stop("pause", 0.0)
+    candidate: CandidateView = journal.view().candidate("small")
+    assert [restart["reason"] for restart in candidate.restarts] == ["coordinator lost"]
+    assert [gang.epoch for gang in candidate.gangs] == [1, 3]
+
+
+def _die_before_the_gang(journal: Journal, kind: str, **fields: object) -> None:
+    if kind == "gang_started":
+        raise KeyboardInterrupt
+    journal.append(kind, {"candidate": "small", **fields})
+
+
+def test_who_asked_for_a_stop_is_not_told_of_a_failure(room: Room, tmp_path: Path) -> None:
+    """The ranks do not write their last checkpoint in time, and no restart is allowed."""
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    run = _run(journal)
+    run.reserve()
+    _poll(run, lambda: run.phase is Phase.RUNNING)
+    run._active_group.request_stop = lambda reason: None  # they do not hear it
+    run.stop("pause", 0.1)
+    _poll(run, lambda: run.phase in (Phase.STOPPED, Phase.FAILED))
+    assert run.phase is Phase.STOPPED
+    kinds = [event["kind"] for event in journal.events()]
+    assert "candidate_failed" not in kinds
+    assert journal.view().candidate("small").gang.ended == "stalled"
