@@ -3,28 +3,37 @@
 from collections.abc import Iterable, Mapping
 
 from compression.recipe import Recipe
+from compression.reduced import anatomy, reduced_config
+from compression.registry import QUANTIZATION
 from parallelism.models.base import ModelConfig
 from parallelism.models.gpt.config import GPTConfig
 
 
 def check_recipes(config: ModelConfig, recipes: Iterable[Recipe]) -> None:
-    """Raise ``ValueError`` where a recipe cannot be applied to the model's linear layers."""
-    shapes = {
+    """Raise ``ValueError`` where a recipe cannot be applied to the model's linear layers, as far as they are left."""
+    for recipe in recipes:
+        if recipe.quantize and QUANTIZATION[recipe.quantize.method].rescaler:
+            anatomy(config)
+        check_shapes(recipe, linear_shapes(reduced_config(config, recipe.structure)))
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Linear layers' weights of the whole model (``layers.3.attention.q.weight``) → (out, in)."""
+    return {
         name: (shape[0], shape[1])
         for name, shape in config.parameter_shapes().items()
         if name.startswith("layers.") and len(shape) == 2
     }
-    for recipe in recipes:
-        check_shapes(recipe, shapes)
 
 
 def check_shapes(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise ``ValueError`` where the recipe's groups do not divide the columns of a matrix (name → (out, in))."""
     group = recipe.quantize.group_size if recipe.quantize else None
+    after = f" after {recipe.structure.name}" if recipe.structure else ""
     for name, (_, columns) in shapes.items():
         if group and columns % group:
             raise ValueError(
-                f"quantize.group_size {group} does not divide the {columns} columns of {name}: use a divisor of"
+                f"quantize.group_size {group} does not divide the {columns} columns of {name}{after}: use a divisor of"
                 f" {columns}, or leave group_size out for one scale per output channel"
             )
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from compression.activations import RoundedInputs
+from compression.compact import CompactFile
 from compression.results import Quality
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import plain_family
-from parallelism.models.base import ModelConfig
+from parallelism.models.base import ModelConfig, Observer
 
 HIDDEN_BYTES = 512 << 20
 """Hidden states that are carried between layers, all variants together."""
@@ -73,17 +75,19 @@ def tally(
 ) -> list[Tally]:
     """Next-token statistics of every model over positions 0 to ``sequences`` - 1 of ``rows``.
 
-    Raises ``ValueError`` where a model's loss is not finite, naming its place in ``models``.
+    A variant whose recipe rounds activations is measured with the inputs of its linear layers rounded. Raises
+    ``ValueError`` where a model's loss is not finite, naming its place in ``models``.
     """
     totals = [Tally() for _ in models]
+    observers = [_observer(model) for model in models]
     with torch.inference_mode():
         for positions in _chunks(models, rows, sequences, hidden_bytes):
             tokens = torch.from_numpy(rows(positions)).to(device)
             states = [_embed(model, tokens[:, :-1]) for model in models]
             for index in range(max(model.config.layers for model in models)):
-                for model, hidden in zip(models, states, strict=True):
+                for model, hidden, observer in zip(models, states, observers, strict=True):
                     if index < model.config.layers:
-                        _advance(model, index, hidden)
+                        _advance(model, index, hidden, observer)
             for model, hidden, total in zip(models, states, totals, strict=True):
                 _count(model, hidden, tokens[:, 1:], total)
     for place, total in enumerate(totals):
@@ -109,12 +113,20 @@ def _embed(model: Weights, tokens: Tensor) -> Tensor:
     return plain_family(model.config).embed(model.config, model.outer(), tokens)
 
 
-def _advance(model: Weights, index: int, hidden: Tensor) -> None:
+def _observer(model: Weights) -> Observer | None:
+    """What a variant's recipe does to the inputs of its linear layers."""
+    quantization = model.recipe.quantize if isinstance(model, CompactFile) else None
+    if quantization is None or quantization.activation_bits == 16:
+        return None
+    return RoundedInputs(quantization.number)
+
+
+def _advance(model: Weights, index: int, hidden: Tensor, observer: Observer | None) -> None:
     """Take hidden states [n, S, D] through one layer, in place, a few sequences at a time."""
     weights = model.layer(index)
     family = plain_family(model.config)
     for part in hidden.split(step_sequences(weights, model.config.hidden, hidden.shape[1])):
-        part.copy_(family.layer(model.config, weights, part))
+        part.copy_(family.layer(model.config, weights, part, observer))
 
 
 def step_sequences(weights: Mapping[str, Tensor], hidden: int, length: int) -> int:

@@ -41,4 +41,14 @@ QUANTIZATION: dict[str, QuantizationEntry] = {
     "rtn": QuantizationEntry(
         "compression.config:QuantizeConfig", "compression.methods.rtn:quantize", needs_statistics=False
     ),
+    "awq": QuantizationEntry(
+        "compression.config:QuantizeConfig",
+        "compression.methods.rtn:quantize",
+        rescaler="compression.methods.awq:rescale",
+    ),
+    "smoothquant": QuantizationEntry(
+        "compression.config:QuantizeConfig",
+        "compression.methods.rtn:quantize",
+        rescaler="compression.methods.smoothquant:rescale",
+    ),
 }

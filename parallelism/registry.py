@@ -19,11 +19,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """One model family: its config (torch-free), its sharded form on megatron-core, its plain form in torch alone."""
+    """One model family: its config (torch-free), its sharded form on megatron-core, its plain form in torch alone.
+
+    ``anatomy`` (torch-free) says what can be removed or rescaled; without it, structured pruning is refused.
+    """
 
     options: str
     sharded: str
     plain: str
+    anatomy: str | None = None
 
 
 FAMILIES: dict[str, FamilyEntry] = {
@@ -31,6 +35,7 @@ FAMILIES: dict[str, FamilyEntry] = {
         options="parallelism.models.gpt.config:GPTConfig",
         sharded="parallelism.models.gpt.sharded",
         plain="parallelism.models.gpt.plain",
+        anatomy="parallelism.models.gpt.anatomy",
     ),
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, PositiveInt
 
@@ -17,8 +18,12 @@ VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to this multiple in every layout, so that checkpoints move between layouts."""
 
 Batch = dict[str, "torch.Tensor"]
-Observer = Callable[[str, "torch.Tensor"], None]
-"""Called with a linear layer's canonical name and its input [..., in] during a plain forward pass."""
+Observer = Callable[[str, "torch.Tensor"], "torch.Tensor | None"]
+"""Called with a linear layer's canonical name and its input [..., in] during a plain forward pass.
+
+What it returns, of the same shape, goes into the linear layer in the input's place; None leaves the input as it is.
+Linear layers that share their input are called with the same tensor object, one after another, whatever was returned.
+"""
 
 
 class ModelConfig(Options):
@@ -85,7 +90,50 @@ class PlainFamily(Protocol):
     def layer(
         self, config: Any, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, observe: Observer | None = None
     ) -> torch.Tensor:
-        """One layer on hidden states [batch, sequence, hidden]; ``observe`` sees the input of every linear."""
+        """One layer on hidden states [batch, sequence, hidden]; ``observe`` may replace the input of every linear."""
 
     def logits(self, config: Any, outer: Mapping[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and output layer: [batch, sequence, hidden] → [batch, sequence, vocab_size]."""
+
+
+UnitKind = Literal["heads", "neurons"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Equal parts of a layer that can be removed whole: key/value heads with their queries, feed-forward neurons.
+
+    Unit *u* is rows ``u·n`` to ``(u + 1)·n - 1`` (bias included) of every linear layer in ``makers`` (name → n), and
+    columns ``u·width`` to ``(u + 1)·width - 1`` of ``reader``, the only linear layer that takes in what they make.
+    """
+
+    kind: UnitKind
+    count: int
+    makers: Mapping[str, int]
+    reader: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Channels that only linear layers take in, so that a scale per channel can move from their columns to ``source``.
+
+    ``source`` is a norm (weight [channels]) or a linear layer (weight [channels, in]): dividing its weight and bias by
+    s [channels], and multiplying the columns of all ``readers`` by s, changes nothing.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+
+
+class Anatomy(Protocol):
+    """What of a family's layers can be removed or rescaled. Torch-free; a module of functions satisfies this."""
+
+    def units(self, config: Any) -> tuple[Units, ...]:
+        """What can be removed from the layers; a layer has those units whose linear layers it has."""
+
+    def folds(self, config: Any) -> tuple[Fold, ...]:
+        """Where scales can be moved within a layer, in the order of the forward pass."""
+
+    def reduced(self, config: Any, kept: Mapping[UnitKind, int], layers: int) -> ModelConfig:
+        """The model with ``layers`` layers and ``kept`` (kind → number) units in each; a kind left out stays whole."""

@@ -79,7 +79,7 @@ def embed(config: GPTConfig, outer: Weights, tokens: Tensor) -> Tensor:
 
 
 def layer(config: GPTConfig, weights: Weights, hidden: Tensor, observe: Observer | None = None) -> Tensor:
-    """Pre-norm residual block: [B, S, D] → [B, S, D]; ``observe`` sees the input [B, S, in] of every linear.
+    """Pre-norm residual block: [B, S, D] → [B, S, D]; ``observe`` may replace the input [B, S, in] of every linear.
 
     Inputs that several linears share (q, k, v; gate, up) are the same tensor object.
     """
@@ -129,8 +129,8 @@ def _feed_forward(config: GPTConfig, weights: Weights, inputs: Tensor, see: Obse
 
 
 def _linear(weights: Weights, name: str, inputs: Tensor, see: Observer) -> Tensor:
-    see(name, inputs)
-    return linear(inputs, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    replaced = see(name, inputs)
+    return linear(inputs if replaced is None else replaced, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
 def _normed(config: GPTConfig, weights: Weights, name: str, hidden: Tensor) -> Tensor:
