@@ -34,6 +34,11 @@ def default_devices(threads: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
+def python_environment() -> dict[str, str]:
+    """The environment of a child process that runs this project's code."""
+    return {**os.environ, "PYTHONPATH": python_path()}
+
+
 def python_path() -> str:
     """``PYTHONPATH`` for child processes: the code that runs here first, then what this process was given."""
     root = str(Path(__file__).resolve().parent.parent)

@@ -23,9 +23,11 @@ from launcher.cluster import Cluster
 from launcher.costs import EFFICIENCY, StepCost, step_cost
 from launcher.layouts import Case, Choice, best_layout, fits, gib, problems_of, room_bytes, too_large, trainings
 from launcher.problems import Problem, SpecError, of_validation
+from launcher.sources import SourceError, inspect_source, source_problem
 from launcher.spec import CandidateSpec, JobSpec
 from parallelism.accounting import calibration_flops, train_flops_per_sequence, train_flops_per_token, training_share
 from parallelism.budget import Budget
+from parallelism.checkpoint_store import read_model
 from parallelism.layout import Layout
 from parallelism.memory import BASELINE_BYTES, MemoryEstimate, memory_per_rank
 from parallelism.models.base import ModelConfig
@@ -75,10 +77,24 @@ class CandidatePlan(Options):
     notes: list[str] = Field(default_factory=list)
 
 
+class SourcePlan(Options):
+    """A candidate that exists: nothing of it is trained."""
+
+    name: str
+    source: str
+    fingerprint: str
+    """What identifies its weights."""
+    model: SerializeAsAny[ModelConfig]
+    parameters: PositiveInt
+    disk_bytes: NonNegativeInt
+
+
 class Plan(Options):
     """The whole job."""
 
     candidates: list[CandidatePlan]
+    """Those that are trained."""
+    sources: list[SourcePlan] = Field(default_factory=list)
     variants: PositiveInt
     seconds: NonNegativeFloat
     """Of training, one candidate after the other."""
@@ -112,11 +128,11 @@ class Plan(Options):
 
 def read_plan(document: dict[str, Any]) -> Plan:
     """A plan from its JSON document, every model as its family's class."""
-    rows = [
-        row | {"model": load(FAMILIES[row["model"]["family"]].options).model_validate(row["model"])}
-        for row in document["candidates"]
-    ]
-    return Plan.model_validate(document | {"candidates": rows})
+    rows = {
+        part: [row | {"model": read_model(row["model"])} for row in document.get(part, [])]
+        for part in ("candidates", "sources")
+    }
+    return Plan.model_validate(document | rows)
 
 
 def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int = 0) -> Plan:
@@ -124,10 +140,15 @@ def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int 
 
     Raises :class:`launcher.problems.SpecError` with the problems of all candidates.
     """
-    candidates, problems = [], []
+    candidates: list[CandidatePlan] = []
+    sources: list[SourcePlan] = []
+    problems: list[Problem] = []
     for index, candidate in enumerate(spec.candidates):
         try:
-            candidates.append(plan_candidate(spec, candidate, cluster, vocab_size, text_bytes))
+            if candidate.source is not None:
+                sources.append(plan_source(spec, candidate))
+            else:
+                candidates.append(plan_candidate(spec, candidate, cluster, vocab_size, text_bytes))
         except SpecError as error:
             problems += [problem.below(f"candidates.{index}") for problem in error.problems]
     if problems:
@@ -135,11 +156,32 @@ def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int 
     data_bytes = data_disk_bytes(spec, text_bytes)
     return Plan(
         candidates=candidates,
-        variants=len(grid(spec.compression)) * len(candidates),
+        sources=sources,
+        variants=len(grid(spec.compression)) * len(spec.candidates),
         seconds=sum(candidate.seconds for candidate in candidates),
         data_bytes=data_bytes,
-        disk_bytes=data_bytes + sum(candidate.disk_bytes for candidate in candidates),
+        disk_bytes=data_bytes
+        + sum(candidate.disk_bytes for candidate in candidates)
+        + sum(source.disk_bytes for source in sources),
         cost=sum(candidate.cost for candidate in candidates),
+    )
+
+
+def plan_source(spec: JobSpec, candidate: CandidateSpec) -> SourcePlan:
+    """The plan of a candidate that exists. Raises :class:`launcher.problems.SpecError`."""
+    assert candidate.source is not None
+    try:
+        facts = inspect_source(candidate.source)
+    except SourceError as error:
+        raise SpecError([source_problem(candidate, error)]) from error
+    parameters = facts.model.parameter_count()
+    return SourcePlan(
+        name=candidate.name,
+        source=facts.path,
+        fingerprint=facts.fingerprint,
+        model=facts.model,
+        parameters=parameters,
+        disk_bytes=_variant_bytes(spec, parameters),
     )
 
 
@@ -165,6 +207,12 @@ def plan_candidate(
 
 def candidate_model(candidate: CandidateSpec, vocab_size: int | None, sequence_length: int) -> ModelConfig:
     """The model of a candidate. Raises :class:`launcher.problems.SpecError` with fields below ``model``."""
+    if candidate.source is not None:
+        try:
+            return inspect_source(candidate.source).model
+        except SourceError as error:
+            raise SpecError([source_problem(candidate, error)]) from error
+    assert candidate.model is not None
     try:
         return resolve_model(candidate.model, vocab_size, sequence_length)
     except ModelError as error:
@@ -197,7 +245,7 @@ def _case(spec: JobSpec, candidate: CandidateSpec, model: ModelConfig, tokens: f
         training = resolve_training(settled, model, candidate.layout or Layout(), length, tokens, cluster.device_kind)
     except ValidationError as error:
         raise SpecError([problem.below("training") for problem in of_validation(error, TrainingConfig)]) from error
-    saves_devices = spec.budget.unit in ("device_hours", "cost")
+    saves_devices = spec.training_budget.unit in ("device_hours", "cost")
     return Case(model, training, frozenset(free), length, saves_devices)
 
 
@@ -243,7 +291,7 @@ def needs_calibration(compression: CompressionConfig) -> bool:
 def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Budget:
     """The budget less the reserve for calibration."""
     if not needs_calibration(spec.compression):
-        return spec.budget
+        return spec.training_budget
     sequences, length = spec.compression.calibration.sequences, spec.data.sequence_length
     flops = calibration_flops(model, length, sequences)
     seconds = flops / (cluster.peak_flops * EFFICIENCY[cluster.device_kind])
@@ -253,9 +301,9 @@ def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Bud
         "wall_clock": seconds,
         "device_hours": seconds / 3600.0,
         "cost": seconds / 3600.0 * spec.execution.price_per_device_hour,
-    }[spec.budget.unit]
+    }[spec.training_budget.unit]
     try:
-        return training_share(spec.budget, reserve)
+        return training_share(spec.training_budget, reserve)
     except ValueError as error:
         raise SpecError([Problem("model", None, str(error), "")]) from error
 

@@ -13,7 +13,8 @@ def result_document(journal: Journal) -> dict[str, Any]:
     """State, candidates and variants of a job, as far as they are known; a job in progress has gaps (``None``)."""
     view = journal.view()
     spec = journal.spec()
-    plan = {row["name"]: row for row in (journal.document("plan") or {}).get("candidates", [])}
+    document = journal.document("plan") or {}
+    plan = {row["name"]: row for part in ("candidates", "sources") for row in document.get(part, [])}
     evaluation = journal.stage("report")
     rows = evaluation.outputs["variants"] if evaluation else [_variant(event) for event in view.variants.values()]
     return {
@@ -40,6 +41,7 @@ def _candidate(spec: CandidateSpec, view: CandidateView | None, planned: dict[st
     progress = result.get("progress") or view.latest
     return {
         "name": spec.name,
+        "source": spec.source,
         "parameters": view.start.get("parameters", planned.get("parameters")),
         "layout": planned.get("layout") or (spec.layout.model_dump(mode="json") if spec.layout else None),
         "steps": progress.get("step", 0),

@@ -14,6 +14,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from compression.config import CompressionConfig
@@ -28,16 +29,25 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
 class CandidateSpec(Options):
-    """One model that the job trains under the common budget.
+    """One model that the job trains under the common budget, or an existing one that it starts from.
 
     ``model`` is ``{family: gpt, ...}`` or ``{preset: NAME, ...overrides}``; it is resolved and checked by
-    :func:`parallelism.presets.resolve_model`. ``layout`` omitted: the planner chooses.
+    :func:`parallelism.presets.resolve_model`. ``source`` is a Hugging Face directory or a checkpoint. ``layout``
+    omitted: the planner chooses.
     """
 
     name: str = Field(pattern=NAME)
-    model: dict[str, Any] = Field(min_length=1)
+    model: dict[str, Any] | None = Field(default=None, min_length=1)
+    source: str | None = Field(default=None, min_length=1, description="a model that exists, instead of one to train")
     layout: Layout | None = None
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "CandidateSpec":
+        if (self.model is None) == (self.source is None):
+            found = "both" if self.model else "none"
+            raise ValueError(f"give exactly one of model (to train) and source (a model that exists), found {found}")
+        return self
 
 
 class EvaluationConfig(Options):
@@ -78,7 +88,7 @@ class JobSpec(Options):
     name: str = Field(pattern=NAME)
     seed: NonNegativeInt = 1234
     data: DataConfig
-    budget: Budget = Field(description="per candidate")
+    budget: Budget | None = Field(default=None, description="per candidate; needed where one is trained")
     candidates: list[CandidateSpec] = Field(min_length=1)
     compression: CompressionConfig = CompressionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -93,6 +103,28 @@ class JobSpec(Options):
         if twice:
             raise ValueError(f"candidate name used twice: {', '.join(twice)}; give every candidate its own name")
         return candidates
+
+    @model_validator(mode="after")
+    def _training_needs_budget(self) -> "JobSpec":
+        trained = [candidate.name for candidate in self.candidates if candidate.model]
+        if self.budget is None and trained:
+            raise ValueError(
+                f"budget is missing: candidate {trained[0]!r} is trained; give one, such as {{flops: 1e13}}"
+            )
+        if self.budget is None and self.compression.recover:
+            raise ValueError("budget is missing: compression.recover spends a fraction of it; give one")
+        return self
+
+    @property
+    def trained(self) -> list[CandidateSpec]:
+        """The candidates that are trained."""
+        return [candidate for candidate in self.candidates if candidate.model is not None]
+
+    @property
+    def training_budget(self) -> Budget:
+        """The budget of a job that trains."""
+        assert self.budget is not None, "a job without a budget trains nothing"
+        return self.budget
 
     @field_validator("execution")
     @classmethod

@@ -70,7 +70,26 @@ def _models(spec: JobSpec, vocab_size: int | None, problems: list[Problem]) -> d
             models[index] = candidate_model(candidate, vocab_size or DEFAULT_VOCAB_SIZE, spec.data.sequence_length)
         except SpecError as error:
             problems += [problem.below(f"candidates.{index}") for problem in error.problems]
+        else:
+            if candidate.source is not None and vocab_size is not None:
+                problems += _source_problems(spec, index, models[index], vocab_size)
     return models
+
+
+def _source_problems(spec: JobSpec, index: int, model: ModelConfig, vocab_size: int) -> Iterator[Problem]:
+    """Whether the job's text can be fed to a model that exists."""
+    length = spec.data.sequence_length
+    if length > model.context:
+        what = f"longer than the context of {model.context} of candidate {spec.candidates[index].name!r}"
+        yield Problem("data.sequence_length", length, what, f"use {model.context} or less")
+    if vocab_size > model.vocab_size:
+        what = f"the tokenizer has {vocab_size} entries, the model {model.vocab_size}"
+        yield Problem(
+            f"candidates.{index}.source",
+            spec.candidates[index].source,
+            what,
+            "give the model's own tokenizer: data.tokenizer: {kind: file, path: PATH/tokenizer.json}",
+        )
 
 
 def _plan(

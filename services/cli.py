@@ -273,12 +273,13 @@ def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job
     """Run a job in the foreground until it rests, show what it brought, and exit as it ended."""
     spec, job_id = journal.spec(), journal.job_id
     stderr.print(f"job {job_id} in {journal.directory}")
-    names = [candidate.name for candidate in spec.candidates]
+    names = [candidate.name for candidate in spec.trained]
+    variants = len(spec.candidates) * len(grid(spec.compression))
     interrupted = run_in_foreground(
         Journal(journal.directory),
         supervise=lambda: run_job(home, job_id, tracking=tracking),
         stop_hard=lambda: stop_job(home, job_id),
-        display=display_for(stderr, names, variants=len(names) * len(grid(spec.compression))),
+        display=display_for(stderr, names, variants=variants),
     )
     result = result_document(journal)
     if as_json:

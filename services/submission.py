@@ -7,6 +7,7 @@ from launcher.jobs import Home, create_job
 from launcher.journal import Journal
 from launcher.plan import Plan, make_plan
 from launcher.problems import Problem, SpecError
+from launcher.sources import with_source_tokenizer
 from launcher.spec import JobSpec
 from launcher.tracking_records import flatten
 from launcher.validate import check, vocabulary_size
@@ -26,6 +27,7 @@ class Request:
 
 def make_request(spec: JobSpec, home: Home) -> Request:
     """Check a spec against this machine and the files it names. Raises ``SpecError`` with all problems."""
+    spec = with_source_tokenizer(spec)
     return Request(spec, check(spec, local_cluster(spec), home.path))
 
 

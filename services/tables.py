@@ -73,6 +73,9 @@ def candidates_table(result: Row) -> Table:
     """What training brought."""
     table = _table("candidate", "params", "layout", "steps", "tokens", "FLOPs", "val. loss", "restarts")
     for row in result["candidates"]:
+        if row.get("source"):
+            table.add_row(row["name"], counted(row.get("parameters")), "", "given", "", "", "", "")
+            continue
         table.add_row(
             row["name"],
             counted(row.get("parameters")),
@@ -126,13 +129,15 @@ def plan_table(plan: Row) -> Table:
             clock(row["seconds"]),
             f"{row['cost']:.2f}" if row["cost"] else "",
         )
+    for row in plan.get("sources", []):
+        table.add_row(row["name"], counted(row["parameters"]), "given", "", "", "", "", "", "")
     return table
 
 
 def memory_table(plan: Row) -> Table:
     """Memory per device by part, above what a process holds before it has a model."""
-    first = plan["candidates"][0]["memory"]
-    parts = [name for name in first if any(row["memory"][name] for row in plan["candidates"])]
+    rows = plan["candidates"]
+    parts = [name for name in (rows[0]["memory"] if rows else {}) if any(row["memory"][name] for row in rows)]
     table = _table("memory per device", *(name.replace("_", " ") for name in parts))
     for row in plan["candidates"]:
         table.add_row(row["name"], *(sized(row["memory"][name]) for name in parts))

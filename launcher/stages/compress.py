@@ -1,4 +1,4 @@
-"""Every recipe on every trained candidate: calibration, one task per layer, and the variants' files put together.
+"""Every recipe on every candidate's dense model: calibration, one task per layer, and the variants' files put together.
 
 A candidate's work is a graph of tasks. Shards of text go through the layers one after the other; a layer whose shards
 are through is compressed at once by all recipes, and its statistics are deleted, so that the disk holds those of a few
@@ -19,18 +19,23 @@ from compression.workspace import Workspace
 from launcher.context import JobContext
 from launcher.journal import StageRecord, hash_inputs
 from launcher.pool import Task
+from launcher.stages.planning import settled_plan
+from launcher.stages.prepare import STAGE as PREPARE
 from parallelism.checkpoint_store import read_info
+from parallelism.models.base import ModelConfig
 
 STAGE = "compress"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A candidate that has a trained checkpoint."""
+class Dense:
+    """A candidate's dense model: a trained checkpoint, or what the job starts from."""
 
     name: str
-    checkpoint: str
+    source: str
+    model: ModelConfig
     inputs: str
+    """Hash of what the model depends on."""
 
     @property
     def stage(self) -> str:
@@ -38,14 +43,26 @@ class Trained:
         return f"{STAGE}/{self.name}"
 
 
-def trained_candidates(job: JobContext) -> list[Trained]:
-    """The candidates whose training is done, in the order of the spec."""
+def dense_candidates(job: JobContext) -> list[Dense]:
+    """The candidates whose dense model is there, in the order of the spec."""
+    given = {source.name: source for source in settled_plan(job).sources}
     found = []
     for spec in job.spec.candidates:
         record = job.journal.stage(f"train/{spec.name}")
-        if record and spec.name not in job.failures:
-            found.append(Trained(spec.name, record.outputs["checkpoint"], record.inputs_hash))
+        if spec.name in given:
+            source = given[spec.name]
+            found.append(Dense(spec.name, source.source, source.model, _given_inputs(job, source.fingerprint)))
+        elif record and spec.name not in job.failures:
+            checkpoint = record.outputs["checkpoint"]
+            found.append(Dense(spec.name, checkpoint, read_info(checkpoint).model, record.inputs_hash))
     return found
+
+
+def _given_inputs(job: JobContext, fingerprint: str) -> str:
+    """The text matters as well: it is what the model is calibrated and measured on."""
+    prepared = job.journal.stage(PREPARE)
+    assert prepared is not None
+    return hash_inputs("source", fingerprint, prepared.inputs_hash)
 
 
 def compress(job: JobContext) -> None:
@@ -53,7 +70,7 @@ def compress(job: JobContext) -> None:
     recipes = grid(job.spec.compression)
     works = [
         CandidateWork(job, candidate, recipes)
-        for candidate in trained_candidates(job)
+        for candidate in dense_candidates(job)
         if not job.journal.stage_done(candidate.stage, _inputs(job, candidate, recipes))
     ]
     if not works:
@@ -78,16 +95,16 @@ class CandidateWork:
     """The tasks of one candidate: what comes first, and what follows from what has ended."""
 
     job: JobContext
-    candidate: Trained
+    candidate: Dense
     recipes: list[Recipe]
-    _layers: int = 0
     _calibrated: dict[int, set[int]] = field(default_factory=dict)
     _compressed: set[int | None] = field(default_factory=set)
     _chained: set[str] = field(default_factory=set)
     _files: dict[str, VariantFile] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._layers = read_info(self.candidate.checkpoint).model.layers
+    @property
+    def _layers(self) -> int:
+        return self.candidate.model.layers
 
     @property
     def out(self) -> str:
@@ -190,7 +207,7 @@ class CandidateWork:
         return self._task(recipe.name, "assemble", recipe=recipe, sequential=sequential)
 
     def _task(self, name: str, function: str, **arguments: Any) -> Task:
-        common = {"source": self.candidate.checkpoint, "out": self.out}
+        common = {"source": self.candidate.source, "out": self.out}
         return Task(
             f"{self.candidate.stage}/{name}", f"compression.tasks:{function}", common | arguments, self.candidate.name
         )
@@ -199,7 +216,7 @@ class CandidateWork:
         self.job.journal.append(kind, {"candidate": self.candidate.name, "task": task.name, **fields})
 
 
-def compressed(job: JobContext, candidate: Trained) -> StageRecord:
+def compressed(job: JobContext, candidate: Dense) -> StageRecord:
     """The record of a candidate's compression. An assertion: the stage runs before whoever asks."""
     record = job.journal.stage(candidate.stage)
     assert record is not None
@@ -211,7 +228,7 @@ def variant_files(record: StageRecord) -> list[VariantFile]:
     return [VariantFile.model_validate(row) for row in record.outputs["variants"]]
 
 
-def _inputs(job: JobContext, candidate: Trained, recipes: list[Recipe]) -> str:
+def _inputs(job: JobContext, candidate: Dense, recipes: list[Recipe]) -> str:
     calibration = job.spec.compression.calibration.model_dump(mode="json")
     rows = [recipe.model_dump(mode="json") for recipe in recipes]
-    return hash_inputs(STAGE, candidate.inputs, candidate.checkpoint, rows, calibration)
+    return hash_inputs(STAGE, candidate.inputs, candidate.source, rows, calibration)

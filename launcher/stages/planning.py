@@ -1,15 +1,12 @@
 """The plan that training follows, made once: what a restart computed anew could differ in a last digit. Torch-free."""
 
-from typing import Any
-
 from launcher.cluster import Cluster, local_cluster
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.plan import CandidatePlan, Plan, make_plan
+from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
 from launcher.session import Room
 from launcher.spec import CandidateSpec, JobSpec
 from launcher.stages.prepare import STAGE as PREPARE
-from parallelism.checkpoint_store import read_model
 
 STAGE, DOCUMENT = "plan", "plan"
 
@@ -27,30 +24,26 @@ def plan(job: JobContext) -> None:
     if job.journal.stage_done(STAGE, inputs):
         return
     with job.stage(STAGE) as clock:
-        settled = read_plan(job.journal.document(DOCUMENT))
+        document = job.journal.document(DOCUMENT)
+        settled = read_plan(document) if document else None
         if settled is None or not _suits(settled, vocab_size, job.room):
             cluster = _cluster(job.spec, job.room)
             settled = make_plan(_with_settled_training(job.spec, settled, vocab_size), cluster, vocab_size)
-        document = settled.model_dump(mode="json")
-        job.journal.write_document(DOCUMENT, document)
-        job.journal.commit_stage(STAGE, inputs, {"plan": document}, clock.seconds())
+        plan_document = settled.model_dump(mode="json")
+        job.journal.write_document(DOCUMENT, plan_document)
+        job.journal.commit_stage(STAGE, inputs, {"plan": plan_document}, clock.seconds())
 
 
 def candidate_plans(job: JobContext) -> list[CandidatePlan]:
-    """The settled plan, candidate by candidate."""
+    """The settled plan of those that are trained."""
+    return settled_plan(job).candidates
+
+
+def settled_plan(job: JobContext) -> Plan:
+    """The plan that the job follows. An assertion: the stage runs before whoever asks."""
     record = job.journal.stage(STAGE)
     assert record is not None
-    settled = read_plan(record.outputs["plan"])
-    assert settled is not None
-    return settled.candidates
-
-
-def read_plan(document: dict[str, Any] | None) -> Plan | None:
-    """A plan from its JSON document, every model as its family's class."""
-    if document is None:
-        return None
-    rows = [row | {"model": read_model(row["model"])} for row in document["candidates"]]
-    return Plan.model_validate(document | {"candidates": rows})
+    return read_plan(record.outputs["plan"])
 
 
 def _suits(settled: Plan, vocab_size: int, room: Room) -> bool:
@@ -64,9 +57,10 @@ def _with_settled_training(spec: JobSpec, settled: Plan | None, vocab_size: int)
     """The spec with ``auto`` replaced by what was settled before, but for what depends on the layout."""
     if settled is None or any(candidate.model.vocab_size != vocab_size for candidate in settled.candidates):
         return spec
+    planned = {candidate.name: candidate for candidate in settled.candidates}
     candidates = [
-        _settled_candidate(candidate, planned)
-        for candidate, planned in zip(spec.candidates, settled.candidates, strict=True)
+        _settled_candidate(candidate, planned[candidate.name]) if candidate.name in planned else candidate
+        for candidate in spec.candidates
     ]
     return spec.model_copy(update={"candidates": candidates})
 

@@ -39,4 +39,6 @@ def _with_exports(job: JobContext, variants: list[Variant]) -> list[Variant]:
 
 def _title(job: JobContext) -> str:
     budget = job.spec.budget
+    if budget is None:
+        return f"{job.spec.name}: quality against size"
     return f"{job.spec.name}: every candidate trained for {budget.limit:.4g} {budget.unit.replace('_', ' ')}"

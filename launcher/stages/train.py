@@ -35,7 +35,7 @@ def train(job: JobContext) -> None:
     with job.stage(STAGE):
         train_candidates(job, runs, trained)
     job.failures.update(failures(runs))
-    if len(job.failures) == len(plans):
+    if len(job.failures) == len(job.spec.candidates):
         raise ValueError("no candidate could be trained: " + "; ".join(job.failures.values()))
 
 

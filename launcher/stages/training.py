@@ -54,7 +54,7 @@ def _has_room(job: JobContext, run: CandidateRun, runs: Sequence[CandidateRun]) 
     """Earlier candidates come first; a small one may pass a large one that still waits for room."""
     in_use = sum(other.shape.world_size for other in runs if other.phase in ACTIVE)
     room = job.room
-    bound = side_by_side(job.spec.budget)
+    bound = side_by_side(job.spec.training_budget)
     return fits(run.shape.world_size, in_use, room.devices, room.threads, room.cores, bound)
 
 
