@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from compression.recipe import Recipe
 from compression.reduced import anatomy, reduced_config
 from compression.registry import QUANTIZATION
+from compression.sizes import check_target
 from parallelism.models.base import ModelConfig
 from parallelism.models.gpt.config import GPTConfig
 
@@ -14,7 +15,9 @@ def check_recipes(config: ModelConfig, recipes: Iterable[Recipe]) -> None:
     for recipe in recipes:
         if recipe.quantize and QUANTIZATION[recipe.quantize.method].rescaler:
             anatomy(config)
-        check_shapes(recipe, linear_shapes(reduced_config(config, recipe.structure)))
+        left = linear_shapes(reduced_config(config, recipe.structure))
+        check_shapes(recipe, left)
+        check_target(config, recipe, left)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

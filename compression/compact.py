@@ -105,16 +105,32 @@ class CompactFile:
         return self.file.read(stored).to(self.device)
 
 
-def assemble(parts: Sequence[Path], facts: Mapping[str, Any], path: Path) -> int:
+def assemble(
+    parts: Sequence[Path], facts: Mapping[str, Any], path: Path, numbers: Mapping[int, int] | None = None
+) -> int:
     """Put the parts' tensors into one file with ``facts`` in its header; returns its bytes.
 
-    One tensor is held at a time, so memory does not grow with the model.
+    ``numbers``: a layer's number in its part → in the file, where layers are left out. One tensor is held at a time, so
+    memory does not grow with the model.
     """
     files = [CompactFile(part) for part in parts]
-    owner = {name: file.file for file in files for name in file.file.specs}
-    specs = {name: file.specs[name] for name, file in owner.items()}
-    encodings = {name: encoding for file in files for name, encoding in file.encodings.items()}
-    return write(path, specs, lambda name: owner[name].read(name), _metadata(encodings, facts))
+    owner = {_renumbered(name, numbers): (file.file, name) for file in files for name in file.file.specs}
+    specs = {name: file.specs[theirs] for name, (file, theirs) in owner.items()}
+    encodings = {_renumbered(name, numbers): row for file in files for name, row in file.encodings.items()}
+
+    def read(name: str) -> Tensor:
+        file, theirs = owner[name]
+        return file.read(theirs)
+
+    return write(path, specs, read, _metadata(encodings, facts))
+
+
+def _renumbered(name: str, numbers: Mapping[int, int] | None) -> str:
+    """``layers.5.mlp.up.weight`` → ``layers.4.mlp.up.weight`` and the like."""
+    if numbers is None or not name.startswith("layers."):
+        return name
+    prefix, number, rest = name.split(".", 2)
+    return f"{prefix}.{numbers[int(number)]}.{rest}"
 
 
 def _stored(name: str, suffix: str) -> str:

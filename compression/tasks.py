@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from compression import compact
@@ -20,17 +22,21 @@ from compression.checks import check_names, check_recipes
 from compression.compact import CompactFile, CompactPart
 from compression.evaluation import held_out_sequences, tally
 from compression.export import export
+from compression.measures import LayerCounts, LayerMeasures
+from compression.methods.base import LayerStatistics
 from compression.recipe import Allocations, Recipe
 from compression.results import LayerResult, MatrixFacts, Part, Quality, VariantFile
+from compression.sensitivity import count_layer, measure_layer
 from compression.sequential import SHARD, Chain, RecipeStart, advance, chain_directory, solve_next
 from compression.solve import Solved, solve_layer, solve_outer
 from compression.source import open_weights, read_source
 from compression.structure import reduced_config
 from compression.text import CalibrationText, shards
 from compression.verification import verify
-from compression.workspace import Workspace, inputs_hash
+from compression.workspace import Workspace, inputs_hash, write_text
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
+from parallelism.models.base import ModelConfig
 
 __all__ = [
     "assemble",
@@ -38,9 +44,11 @@ __all__ = [
     "compress_layer",
     "compress_next",
     "compress_outer",
+    "count",
     "evaluate",
     "evaluate_checkpoint",
     "export",
+    "measure",
     "read_variant",
     "verify",
 ]
@@ -85,13 +93,8 @@ def compress_layer(
 
     def solve() -> list[_Part]:
         check_recipes(model.config, recipes)
-        tensors = open_weights(source, place).layer(layer)
-        check_finite(tensors, f"layer {layer}, ")
-        statistics = None
-        if needs_text:
-            assert text is not None, "some recipe needs statistics, and there is no text"
-            files = _statistics(source, text, out)
-            statistics = read_statistics(files, layer, text.sequences, text.damping, place)
+        tensors, statistics = _read_layer(source, layer, out, text if needs_text else None, place)
+        assert statistics or not needs_text, "some recipe needs statistics, and there is no text"
         solved = solve_layer(model.config, tensors, recipes, statistics, strengths_of(allocations, layer))
         prefix = f"layers.{layer}."
         return [
@@ -181,14 +184,70 @@ def compress_outer(
     return _commit(Workspace(out), None, inputs, solve)
 
 
-def assemble(source: str, recipe: Recipe, out: str, *, sequential: bool = False) -> VariantFile:
+def measure(
+    source: str,
+    layer: int,
+    recipes: list[Recipe],
+    out: str,
+    text: CalibrationText | None = None,
+    *,
+    device: str | None = None,
+) -> LayerMeasures:
+    """Measure one layer for those recipes whose strength follows from a look at all layers; commit it below ``out``.
+
+    The statistics stay. Measured already, it is not done again. Raises ``ValueError`` as :func:`compress_layer` does.
+    """
+    asking = [recipe for recipe in recipes if recipe.allocated]
+    known = text if any(recipe.needs_statistics for recipe in asking) else None
+    inputs = _inputs(source, asking, known, None)
+
+    def make() -> LayerMeasures:
+        config = read_source(source).config
+        check_recipes(config, asking)
+        tensors, statistics = _read_layer(source, layer, out, known, default_device(device))
+        return measure_layer(config, layer, tensors, statistics, asking)
+
+    return _commit_measures(Workspace(out).measures(layer, "measures"), LayerMeasures, inputs, make)
+
+
+def count(
+    source: str,
+    layer: int,
+    recipes: list[Recipe],
+    bins: dict[str, list[int]],
+    out: str,
+    text: CalibrationText | None = None,
+    *,
+    device: str | None = None,
+) -> LayerCounts:
+    """The second look at one layer that a global threshold takes, committed like :func:`measure`.
+
+    ``bins`` are those that :func:`compression.allocation.bins_to_refine` found in the measures of all layers.
+    """
+    asking = [recipe for recipe in recipes if recipe.allocated]
+    known = text if any(recipe.needs_statistics for recipe in asking) else None
+    inputs = _inputs(source, asking, known, None, bins)
+
+    def make() -> LayerCounts:
+        tensors, statistics = _read_layer(source, layer, out, known, default_device(device))
+        return count_layer(read_source(source).config, layer, tensors, statistics, asking, bins)
+
+    return _commit_measures(Workspace(out).measures(layer, "counts"), LayerCounts, inputs, make)
+
+
+def assemble(
+    source: str, recipe: Recipe, out: str, *, sequential: bool = False, removed: Sequence[int] = ()
+) -> VariantFile:
     """Put a recipe's committed layers together into the variant's compact file; ``sequential``: those of its chain.
 
-    Raises ``ValueError`` where a layer has not been committed, or not of the same inputs as the rest.
+    ``removed``: layers that its structure leaves out (:class:`compression.allocation.Allotment` tells them). Raises
+    ``ValueError`` where a layer has not been committed, or not of the same inputs as the rest.
     """
     workspace, model = Workspace(out), read_source(source)
     places = Workspace(chain_directory(out, recipe)) if sequential else workspace
-    results = [workspace.require(None), *(places.require(index) for index in range(model.config.layers))]
+    config, layers = reduced_config(model.config, recipe.structure), _layers_left(model.config, removed)
+    assert config.layers == len(layers), f"{recipe.name} leaves {config.layers} layers, not {len(layers)}"
+    results = [workspace.require(None), *(places.require(index) for index in layers)]
     if len({result.inputs for result in results[1:]}) > 1 or (
         not sequential and results[0].inputs != results[1].inputs
     ):
@@ -196,18 +255,22 @@ def assemble(source: str, recipe: Recipe, out: str, *, sequential: bool = False)
     parts = [result.part(recipe) for result in results]
     linear = sum((part.facts for part in parts), MatrixFacts())
     facts = {
-        "model": reduced_config(model.config, recipe.structure).model_dump(mode="json"),
+        "model": config.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "trained": model.trained,
         "inputs": results[1].inputs,
         "sparsity": linear.sparsity,
         "relative_error": linear.relative_error,
-    }
-    folders = [workspace.layer(None), *(places.layer(index) for index in range(model.config.layers))]
+    } | ({"removed_layers": list(removed)} if removed else {})
+    folders = [workspace.layer(None), *(places.layer(index) for index in layers)]
     files = [folder / part.file for folder, part in zip(folders, parts, strict=True)]
     path = workspace.variant(recipe)
-    compact.assemble(files, facts, path)
+    compact.assemble(files, facts, path, {index: number for number, index in enumerate(layers)})
     return read_variant(str(path))
+
+
+def _layers_left(config: ModelConfig, removed: Sequence[int]) -> list[int]:
+    return [index for index in range(config.layers) if index not in removed]
 
 
 def read_variant(path: str) -> VariantFile:
@@ -262,6 +325,9 @@ def default_device(wanted: str | None) -> torch.device:
     return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+_Measured = TypeVar("_Measured", LayerMeasures, LayerCounts)
+
+
 @dataclass(frozen=True)
 class _Part:
     """A file to write and the recipes it serves."""
@@ -290,6 +356,31 @@ def _commit(workspace: Workspace, layer: int | None, inputs: str, solve: Callabl
     return result
 
 
+def _commit_measures(path: Path, kind: type[_Measured], inputs: str, make: Callable[[], _Measured]) -> _Measured:
+    """What is committed for these inputs, or else what ``make`` finds, written."""
+    try:
+        done = kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        done = None
+    if done is not None and done.inputs == inputs:
+        return done
+    with torch.inference_mode():
+        found = make().model_copy(update={"inputs": inputs})
+    write_text(path, found.model_dump_json())
+    return found
+
+
+def _read_layer(
+    source: str, layer: int, out: str, text: CalibrationText | None, device: torch.device
+) -> tuple[dict[str, Tensor], LayerStatistics | None]:
+    """A layer's weights, and its statistics on ``text``. Raises ``ValueError`` for weights that are not finite."""
+    tensors = open_weights(source, device).layer(layer)
+    check_finite(tensors, f"layer {layer}, ")
+    if text is None:
+        return tensors, None
+    return tensors, read_statistics(_statistics(source, text, out), layer, text.sequences, text.damping, device)
+
+
 def _statistics(source: str, text: CalibrationText, out: str) -> CalibrationFiles:
     return CalibrationFiles(Path(out), _text_hash(source, text))
 
@@ -300,14 +391,16 @@ def _text_hash(source: str, text: CalibrationText) -> str:
     return statistics_hash(read_source(source).fingerprint, *facts)
 
 
-def _inputs(source: str, recipes: list[Recipe], text: CalibrationText | None, allocations: Allocations | None) -> str:
+def _inputs(
+    source: str, recipes: list[Recipe], text: CalibrationText | None, allocations: Allocations | None, *others: object
+) -> str:
     """Hash of everything that the committed layers of a grid depend on."""
     calibrated = [_text_hash(source, text), text.damping] if text else None
     rows = {
         name: {matrix: strength.model_dump() for matrix, strength in row.items()}
         for name, row in (allocations or {}).items()
     }
-    return inputs_hash(read_source(source).fingerprint, recipes, calibrated, rows)
+    return inputs_hash(read_source(source).fingerprint, recipes, calibrated, rows, *others)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

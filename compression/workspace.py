@@ -3,6 +3,7 @@
     DIR/layers/00003/RECIPE.HASH.safetensors   one recipe's share of layer 3
     DIR/layers/00003/manifest.json             written last: the layer is committed
     DIR/layers/outer/…                         the same for everything outside the layers
+    DIR/measures/00003.KIND.json               what was measured of layer 3, where strengths follow from all layers
     DIR/variants/RECIPE.safetensors            a whole variant's compact file
 
 Everything is written under a unique name and then renamed. HASH is of the inputs, so that a late writer of other
@@ -36,6 +37,10 @@ class Workspace:
     def layer(self, index: int | None) -> Path:
         """The folder of one layer, or (None) of everything outside the layers."""
         return self.directory / "layers" / ("outer" if index is None else f"{index:05d}")
+
+    def measures(self, index: int, kind: str) -> Path:
+        """What was measured of one layer, in the first pass (``measures``) or the second (``counts``)."""
+        return self.directory / "measures" / f"{index:05d}.{kind}.json"
 
     def variant(self, recipe: Recipe) -> Path:
         """A whole variant's compact file."""
