@@ -52,8 +52,8 @@ class Chain:
 
 def solve_next(chain: Chain, layer: int, strengths: Strengths) -> Solved:
     """Compress one layer; the steps before have to be done. Only :func:`advance` makes the step count."""
-    states = chain.files.hidden(layer, SHARD)
-    if layer == 0 and not states.exists():
+    states = _reached(chain.files)
+    if not states.exists():
         embed(chain.start, chain.rows, range(chain.sequences), states)
     config, weights, gathered = chain.model.config, chain.model.layer(layer), Gathered()
     for _ in pass_through(config, weights, states, gathered):
@@ -66,12 +66,17 @@ def advance(
     config: ModelConfig, layer: int, recipe: Recipe, weights: Mapping[str, Tensor], files: CalibrationFiles
 ) -> None:
     """Take the hidden states through the compressed layer (canonical name → tensor): the step is done."""
-    before = files.hidden(layer, SHARD)
+    before = _reached(files)
     shape = tuple(np.load(before, mmap_mode="r").shape)
     with torch.inference_mode():
         outputs = pass_through(reduced_config(config, recipe.structure), weights, before, None)
         write_states(files.hidden(layer + 1, SHARD), shape, outputs)
     before.unlink(missing_ok=True)
+
+
+def _reached(files: CalibrationFiles) -> Path:
+    """The newest states: those before the next layer, or before the layers ahead of it that the recipe leaves out."""
+    return files.hidden(files.reached(SHARD), SHARD)
 
 
 def chain_directory(out: str, recipe: Recipe) -> Path:

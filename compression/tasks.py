@@ -36,6 +36,7 @@ from compression.verification import verify
 from compression.workspace import Workspace, inputs_hash, write_text
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
+from parallelism.plain_checkpoint import write_checkpoint
 from parallelism.models.base import ModelConfig
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "export",
     "measure",
     "read_variant",
+    "to_checkpoint",
     "verify",
 ]
 
@@ -153,20 +155,11 @@ def _outer_file(out: str, recipe: Recipe, device: torch.device) -> CompactFile:
     return CompactFile(workspace.layer(None) / workspace.require(None).part(recipe).file, device)
 
 
-def compress_outer(
-    source: str,
-    recipes: list[Recipe],
-    out: str,
-    *,
-    text: CalibrationText | None = None,
-    allocations: Allocations | None = None,
-    device: str | None = None,
-) -> LayerResult:
+def compress_outer(source: str, recipes: list[Recipe], out: str, *, device: str | None = None) -> LayerResult:
     """The same for embeddings, final norm and output layer. Recipes of equal ``embedding_bits`` share a file."""
     check_names(recipes)
     place = default_device(device)
-    needs_text = any(recipe.needs_statistics for recipe in recipes)
-    inputs = _inputs(source, recipes, text if needs_text else None, allocations)
+    inputs = _inputs(source, recipes, None, None)
 
     def solve() -> list[_Part]:
         tensors = open_weights(source, place).outer()
@@ -248,9 +241,7 @@ def assemble(
     config, layers = reduced_config(model.config, recipe.structure), _layers_left(model.config, removed)
     assert config.layers == len(layers), f"{recipe.name} leaves {config.layers} layers, not {len(layers)}"
     results = [workspace.require(None), *(places.require(index) for index in layers)]
-    if len({result.inputs for result in results[1:]}) > 1 or (
-        not sequential and results[0].inputs != results[1].inputs
-    ):
+    if len({result.inputs for result in results[1:]}) > 1:
         raise ValueError(f"{out} holds layers of different grids or checkpoints: compress the layers again")
     parts = [result.part(recipe) for result in results]
     linear = sum((part.facts for part in parts), MatrixFacts())
@@ -318,6 +309,19 @@ def evaluate_checkpoint(
     text = TokenBatches(data_dir, "validation", sequence_length, seed)
     (total,) = tally([CheckpointWeights(checkpoint, place)], text.rows, held_out_sequences(text, tokens), device=place)
     return total.quality("checkpoint", text.prepared.bytes_per_token)
+
+
+def to_checkpoint(source: str, directory: str) -> str:
+    """A checkpoint that training can start from: ``source`` itself where it is one, else made of it at ``directory``.
+
+    It holds the weights in float32, without an optimizer, written one layer at a time; what is done is not done again.
+    Raises ``ValueError`` for a damaged model.
+    """
+    weights = open_weights(source)
+    if isinstance(weights, CheckpointWeights):
+        return source
+    with torch.inference_mode():
+        return str(write_checkpoint(weights, directory, read_source(source).fingerprint).path)
 
 
 def default_device(wanted: str | None) -> torch.device:

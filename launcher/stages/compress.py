@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from compression.recipe import Recipe, grid
+from compression.allocation import Allotment, allocate, bins_to_refine
+from compression.measures import LayerCounts, LayerMeasures
+from compression.recipe import Recipe, Strength, grid
 from compression.results import LayerResult, VariantFile
 from compression.text import CalibrationText, shards
 from compression.workspace import Workspace
@@ -98,6 +100,10 @@ class CandidateWork:
     candidate: Dense
     recipes: list[Recipe]
     _calibrated: dict[int, set[int]] = field(default_factory=dict)
+    _measures: dict[int, LayerMeasures] = field(default_factory=dict)
+    _counts: dict[int, LayerCounts] = field(default_factory=dict)
+    _allotment: Allotment | None = None
+    _outer_done: bool = False
     _compressed: set[int | None] = field(default_factory=set)
     _chained: set[str] = field(default_factory=set)
     _files: dict[str, VariantFile] = field(default_factory=dict)
@@ -135,22 +141,30 @@ class CandidateWork:
         return [recipe for recipe in self.recipes if recipe not in self.chains]
 
     @property
+    def _allocated(self) -> list[Recipe]:
+        return [recipe for recipe in self.recipes if recipe.allocated]
+
+    @property
     def _calibrates(self) -> bool:
-        return any(recipe.needs_statistics for recipe in self.together)
+        return any(recipe.needs_statistics for recipe in [*self.together, *self._allocated])
 
     def first(self) -> Iterator[Task]:
         """What can be done at once."""
         yield self._task("outer", "compress_outer", recipes=self.recipes)
         if self._calibrates:
             yield from (self._calibrate(0, shard) for shard in range(len(shards(self.text.sequences))))
+        elif self._allocated:
+            yield from (self._measure(layer) for layer in range(self._layers))
         else:
-            yield from (self._compress(layer) for layer in range(self._layers))
+            yield from self._settle(None)
 
     def after(self, task: Task, result: Any) -> Iterable[Task]:
         """What a result makes possible."""
         follow: dict[str, Callable[[Task, Any], Iterable[Task]]] = {
             "calibrate": self._after_calibrate,
-            "compress_outer": self._after_compress,
+            "measure": self._after_measure,
+            "count": self._after_count,
+            "compress_outer": self._after_outer,
             "compress_layer": self._after_compress,
             "compress_next": self._after_next,
             "assemble": self._after_assemble,
@@ -169,21 +183,65 @@ class CandidateWork:
         through.add(shard)
         if len(through) == len(shards(self.text.sequences)):
             self._tell("layer_calibrated", task, layer=layer)
-            yield self._compress(layer)
+            if self._allocated:
+                yield self._measure(layer)
+            else:
+                yield self._compress(layer)
+                if layer + 1 == self._layers:
+                    yield from self._start_chains(Allotment(allocations={}))
+
+    def _after_measure(self, task: Task, result: LayerMeasures) -> Iterator[Task]:
+        self._measures[result.layer] = result
+        if len(self._measures) < self._layers:
+            return
+        bins = bins_to_refine(self._allocated, self._by_layer(self._measures))
+        if bins:
+            yield from (self._count(layer, bins) for layer in range(self._layers))
+        else:
+            yield from self._allocate()
+
+    def _after_count(self, task: Task, result: LayerCounts) -> Iterator[Task]:
+        self._counts[result.layer] = result
+        if len(self._counts) == self._layers:
+            yield from self._allocate()
+
+    def _allocate(self) -> Iterator[Task]:
+        """Every layer has been measured: decide, and go on."""
+        config, measures, counts = self.candidate.model, self._by_layer(self._measures), self._by_layer(self._counts)
+        allotment = allocate(config, self._allocated, measures, counts)
+        facts = {"recipes": sorted(allotment.allocations), "removed": allotment.removed}
+        self.job.journal.append("strengths_allocated", {"candidate": self.candidate.name, **facts})
+        yield from self._settle(allotment)
+
+    def _settle(self, allotment: Allotment | None) -> Iterator[Task]:
+        """Nothing stands between the layers and their compression any more."""
+        self._allotment = allotment
+        yield from (self._compress(layer) for layer in range(self._layers))
+        yield from self._start_chains(allotment or Allotment(allocations={}))
+
+    def _start_chains(self, allotment: Allotment) -> Iterator[Task]:
+        """Chains begin when the strengths are known and their embeddings are there, whichever comes last."""
+        self._allotment = allotment
+        if self._outer_done:
+            yield from (self._next(recipe, None) for recipe in self.chains)
+
+    def _after_outer(self, task: Task, result: LayerResult) -> Iterator[Task]:
+        self._outer_done = True
+        if self._allotment is not None:
+            yield from self._start_chains(self._allotment)
+        yield from self._after_compress(task, result)
 
     def _after_compress(self, task: Task, result: LayerResult) -> Iterator[Task]:
         self._tell("layer_compressed", task, layer=result.layer, seconds=result.seconds, recipes=len(result.parts))
         self._compressed.add(result.layer)
-        if result.layer is None:
-            yield from (self._next(recipe, 0) for recipe in self.chains)
         if len(self._compressed) == self._layers + 1:
             yield from (self._assemble(recipe, sequential=False) for recipe in self.together)
 
     def _after_next(self, task: Task, result: LayerResult) -> Iterator[Task]:
         recipe, layer = task.arguments["recipe"], task.arguments["layer"]
         self._tell("layer_compressed", task, layer=layer, seconds=result.seconds, recipes=1)
-        if layer + 1 < self._layers:
-            yield self._next(recipe, layer + 1)
+        if layer < self._left(recipe)[-1]:
+            yield self._next(recipe, layer)
         else:
             yield self._assemble(recipe, sequential=True)
 
@@ -194,17 +252,51 @@ class CandidateWork:
     def _calibrate(self, layer: int, shard: int) -> Task:
         return self._task(f"calibrate {layer}.{shard}", "calibrate", layer=layer, shard=shard, text=self.text)
 
+    def _measure(self, layer: int) -> Task:
+        return self._task(f"measure {layer}", "measure", layer=layer, recipes=self.recipes, text=self._known_text)
+
+    def _count(self, layer: int, bins: dict[str, list[int]]) -> Task:
+        arguments = {"layer": layer, "recipes": self.recipes, "bins": bins, "text": self._known_text}
+        return self._task(f"count {layer}", "count", **arguments)
+
     def _compress(self, layer: int) -> Task:
-        text = self.text if self._calibrates else None
         return self._task(
-            str(layer), "compress_layer", layer=layer, recipes=self.together, text=text, keep_statistics=False
+            str(layer),
+            "compress_layer",
+            layer=layer,
+            recipes=self.together,
+            text=self._known_text,
+            allocations=self._allocations,
+            keep_statistics=bool(self._allocated),
         )
 
-    def _next(self, recipe: Recipe, layer: int) -> Task:
-        return self._task(f"{recipe.name} {layer}", "compress_next", layer=layer, recipe=recipe, text=self.text)
+    def _next(self, recipe: Recipe, layer: int | None) -> Task:
+        """The step of a chain behind ``layer`` (None: the first)."""
+        following = next(index for index in self._left(recipe) if layer is None or index > layer)
+        arguments = {"layer": following, "recipe": recipe, "text": self.text, "allocations": self._allocations}
+        return self._task(f"{recipe.name} {following}", "compress_next", **arguments)
 
     def _assemble(self, recipe: Recipe, sequential: bool) -> Task:
-        return self._task(recipe.name, "assemble", recipe=recipe, sequential=sequential)
+        removed = self._removed(recipe)
+        return self._task(recipe.name, "assemble", recipe=recipe, sequential=sequential, removed=removed)
+
+    @property
+    def _known_text(self) -> CalibrationText | None:
+        return self.text if self._calibrates else None
+
+    @property
+    def _allocations(self) -> dict[str, dict[str, Strength]]:
+        return self._allotment.allocations if self._allotment else {}
+
+    def _removed(self, recipe: Recipe) -> tuple[int, ...]:
+        return self._allotment.removed.get(recipe.name, ()) if self._allotment else ()
+
+    def _left(self, recipe: Recipe) -> list[int]:
+        """Layers that the recipe's variant has."""
+        return [layer for layer in range(self._layers) if layer not in self._removed(recipe)]
+
+    def _by_layer(self, found: dict[int, Any]) -> list[Any]:
+        return [found[layer] for layer in sorted(found)]
 
     def _task(self, name: str, function: str, **arguments: Any) -> Task:
         common = {"source": self.candidate.source, "out": self.out}
