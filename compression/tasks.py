@@ -36,8 +36,8 @@ from compression.verification import verify
 from compression.workspace import Workspace, inputs_hash, write_text
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
-from parallelism.plain_checkpoint import write_checkpoint
 from parallelism.models.base import ModelConfig
+from parallelism.plain_checkpoint import write_checkpoint
 
 __all__ = [
     "assemble",

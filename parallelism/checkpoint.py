@@ -102,11 +102,12 @@ def load(engine: Savable, directory: str | Path) -> Progress:
     """Fill the engine from a complete checkpoint of any layout, precision and engine. Collective.
 
     At the layout of the checkpoint random states are restored, and training goes on bit for bit; at another they are
-    seeded from (seed, step). Raises ``ValueError`` when the model has other shapes, :class:`CheckpointError` when the
-    files cannot be read, on all ranks alike.
+    seeded from (seed, step). Raises ``ValueError`` when the model has other shapes or the checkpoint no optimizer,
+    :class:`CheckpointError` when the files cannot be read, on all ranks alike.
     """
     reader = _Reader(Path(directory))
     reader.check_model(engine.config)
+    reader.check_optimizer()
     progress = Progress(**reader.common["progress"])
     pieces = engine.sharded_state()
     same_layout = _ranks_of(engine.layout) == reader.common["ranks"]
@@ -117,6 +118,27 @@ def load(engine: Savable, directory: str | Path) -> Progress:
     else:
         seed_everything(engine.seed, progress.step)
     return progress
+
+
+def load_weights(engine: Savable, directory: str | Path) -> None:
+    """Fill the weights, float32 masters included, from a complete checkpoint; the rest stays as new. Collective.
+
+    The checkpoint may lack an optimizer, and have any layout, precision and engine. Moments stay at zero and the step
+    at 0, random states are those of (seed, 0). Raises as :func:`load` does.
+    """
+    reader = _Reader(Path(directory))
+    reader.check_model(engine.config)
+    _agree(reader.fill([piece for piece in engine.sharded_state() if _is_weight(piece)]))
+    engine.restored(0)
+    seed_everything(engine.seed, 0)
+
+
+def fill_weights(pieces: Sequence[ShardedTensor], directory: str | Path) -> None:
+    """Fill the pieces of a model that has no engine, which must be of the stored one's shapes. Collective.
+
+    Raises :class:`CheckpointError` when the files cannot be read.
+    """
+    _agree(_Reader(Path(directory)).fill(pieces))
 
 
 class AsyncSaver:
@@ -343,6 +365,14 @@ class _Reader:
             + "; use the checkpoint's values, or start without it"
         )
 
+    def check_optimizer(self) -> None:
+        """Raise ``ValueError`` where weights alone were stored."""
+        if not any(key.startswith(OPTIMIZER_PREFIX) for key in self._metadata.state_dict_metadata):
+            raise ValueError(
+                f"{self.directory} holds weights without an optimizer, so that no training can go on from it: begin "
+                "there (start.weights instead of resume_from)"
+            )
+
     def fill(self, pieces: Sequence[ShardedTensor]) -> str | None:
         """Read the pieces into the memory that they alias; returns what went wrong."""
         planner, items = _Destination(), []
@@ -416,6 +446,11 @@ def _common_state(engine: Savable, progress: Progress) -> dict[str, Any]:
         "ranks": _ranks_of(engine.layout),
         "seed": engine.seed,
     }
+
+
+def _is_weight(piece: ShardedTensor) -> bool:
+    """Whether it is of the weights or of their float32 masters."""
+    return piece.key.startswith(MAIN_WEIGHTS) or not piece.key.startswith((OPTIMIZER_PREFIX, ENGINE_PREFIX))
 
 
 def _ranks_of(layout: Layout) -> list[int]:

@@ -97,6 +97,20 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return info
 
 
+def declare_complete(directory: Path, *, progress: Progress, **facts: Any) -> CheckpointInfo:
+    """Write the manifest of a checkpoint whose other files are all there; ``facts`` are the manifest's other fields.
+
+    Raises ``OSError``.
+    """
+    files = _sizes(directory)
+    size = sum(files.values())
+    info = CheckpointInfo(
+        path=directory, step=progress.step, progress=progress, files=files, bytes=size, created=time.time(), **facts
+    )
+    _write_whole(directory / MANIFEST, info.model_dump_json(indent=1))
+    return info
+
+
 class CheckpointStore:
     """The checkpoints under one root. Only rank 0 of the newest epoch writes."""
 
@@ -131,24 +145,17 @@ class CheckpointStore:
 
     def commit(self, directory: Path, task: TrainTask, progress: Progress, metrics: Metrics) -> CheckpointInfo:
         """Declare the directory complete. All ranks' files must be there. Raises ``OSError``."""
-        files = _sizes(directory)
-        info = CheckpointInfo(
-            path=directory,
-            step=progress.step,
-            epoch=task.epoch,
+        return declare_complete(
+            directory,
             progress=progress,
+            epoch=task.epoch,
             model=task.model,
             layout=task.layout,
             training=task.training,
             seed=task.seed,
             sequence_length=task.sequence_length,
             metrics=metrics,
-            files=files,
-            bytes=sum(files.values()),
-            created=time.time(),
         )
-        _write_whole(directory / MANIFEST, info.model_dump_json(indent=1))
-        return info
 
     def discard(self, directory: Path) -> None:
         """Delete as much as possible of a checkpoint that could not be completed."""

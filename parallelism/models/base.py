@@ -70,6 +70,18 @@ class ShardedFamily(Protocol):
         """Forward pass of one chunk: per-token losses [batch, sequence] float32 on the last stage, else activations."""
 
 
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A linear layer's weight within a stored one: a view, of the whole or of one tensor-parallel rank's part."""
+
+    name: str
+    """Canonical, without ``.weight``: ``attention.q``."""
+    view: torch.Tensor
+    """[..., in]: all axes but the last, flattened, are the matrix's rows in their order."""
+    split_dim: Literal[0, 1]
+    """What tensor-parallel ranks divide among themselves: 0 the rows, 1 the columns."""
+
+
 class PlainFamily(Protocol):
     """A family in torch alone, one layer at a time, as compression streams it. A module of functions satisfies this.
 
@@ -83,6 +95,18 @@ class PlainFamily(Protocol):
 
     def split_outer(self, config: Any, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Everything outside the layers as the checkpoint stores it → canonical names, vocabulary unpadded."""
+
+    def join_layer(self, config: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of :meth:`split_layer`."""
+
+    def join_outer(self, config: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of :meth:`split_outer`; what pads the vocabulary is zero."""
+
+    def matrices(self, config: Any, name: str, stored: torch.Tensor) -> list[StoredMatrix]:
+        """The linear weights within the stored tensor ``name`` of a layer (``decoder.layers.{i}.`` left off).
+
+        ``stored`` is the whole tensor, or the part of one tensor-parallel rank. What is no linear weight has none.
+        """
 
     def embed(self, config: Any, outer: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, sequence] → hidden states [batch, sequence, hidden]."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, linear, pad, rms_norm, scaled_dot_product_attention, silu
 
-from parallelism.models.base import Observer
+from parallelism.models.base import Observer, StoredMatrix
 from parallelism.models.gpt.config import GPTConfig
 
 Weights = Mapping[str, Tensor]
@@ -59,6 +59,53 @@ def split_outer(config: GPTConfig, stored: Weights) -> dict[str, Tensor]:
         weights["output.weight"] = _get(stored, "output_layer.weight")[: config.vocab_size]
     _check_shapes(weights, outer_shapes(config))
     return weights
+
+
+def join_layer(config: GPTConfig, weights: Weights) -> dict[str, Tensor]:
+    """The inverse of :func:`split_layer`: canonical names → one layer as megatron-core stores it."""
+    _check_shapes(weights, config.layer_shapes())
+    stored = _stored_norm(weights, "attention.norm", "self_attention.linear_qkv.layer_norm")
+    stored |= _stored_norm(weights, "mlp.norm", "mlp.linear_fc1.layer_norm")
+    first = ("mlp.gate", "mlp.up") if config.gated else ("mlp.up",)
+    for part in ("weight", "bias") if config.bias else ("weight",):
+        query, key, value = (weights[f"attention.{name}.{part}"] for name in "qkv")
+        stored[f"self_attention.linear_qkv.{part}"] = join_qkv(config, query, key, value)
+        stored[f"self_attention.linear_proj.{part}"] = weights[f"attention.o.{part}"]
+        stored[f"mlp.linear_fc1.{part}"] = torch.cat([weights[f"{name}.{part}"] for name in first])
+        stored[f"mlp.linear_fc2.{part}"] = weights[f"mlp.down.{part}"]
+    return stored
+
+
+def join_qkv(config: GPTConfig, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries [H·C, ...], keys [G·C, ...], values [G·C, ...] → interleaved [(H + 2G)·C, ...]."""
+    by_group = [tensor.unflatten(0, (config.query_groups, -1)) for tensor in (query, key, value)]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+def join_outer(config: GPTConfig, weights: Weights) -> dict[str, Tensor]:
+    """The inverse of :func:`split_outer`; the rows that pad the vocabulary are zero."""
+    _check_shapes(weights, outer_shapes(config))
+    stored = {"embedding.word_embeddings.weight": _padded(config, weights["embedding.tokens"])}
+    if config.style == "gpt2":
+        stored["embedding.position_embeddings.weight"] = weights["embedding.positions"]
+    stored |= {f"decoder.final_layernorm.{part}": weights[f"final_norm.{part}"] for part in _norm_parts(config)}
+    if not config.tied_embeddings:
+        stored["output_layer.weight"] = _padded(config, weights["output.weight"])
+    return stored
+
+
+def matrices(config: GPTConfig, name: str, stored: Tensor) -> list[StoredMatrix]:
+    """The linear weights within one stored weight of a layer; see :class:`parallelism.models.base.PlainFamily`."""
+    if name == "self_attention.linear_qkv.weight":
+        key = config.channels
+        query = config.heads // config.query_groups * key
+        parts = stored.unflatten(0, (-1, query + 2 * key)).split((query, key, key), dim=1)
+        return [StoredMatrix(f"attention.{part}", view, 0) for part, view in zip("qkv", parts, strict=True)]
+    if name == "mlp.linear_fc1.weight":
+        names = ("mlp.gate", "mlp.up") if config.gated else ("mlp.up",)
+        return [StoredMatrix(part, view, 0) for part, view in zip(names, stored.chunk(len(names)), strict=True)]
+    readers = {"self_attention.linear_proj.weight": "attention.o", "mlp.linear_fc2.weight": "mlp.down"}
+    return [StoredMatrix(readers[name], stored, 1)] if name in readers else []
 
 
 def outer_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -143,6 +190,16 @@ def _normed(config: GPTConfig, weights: Weights, name: str, hidden: Tensor) -> T
 def _norm(stored: Weights, prefix: str, name: str) -> dict[str, Tensor]:
     """A norm that megatron-core stores with the linear layer behind it."""
     return {f"{name}.{part}": stored[f"{prefix}_{part}"] for part in ("weight", "bias") if f"{prefix}_{part}" in stored}
+
+
+def _stored_norm(weights: Weights, name: str, prefix: str) -> dict[str, Tensor]:
+    """The inverse of :func:`_norm`."""
+    return {f"{prefix}_{part}": weights[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in weights}
+
+
+def _padded(config: GPTConfig, table: Tensor) -> Tensor:
+    """Rows of zeros below [vocab_size, D], up to the padded vocabulary."""
+    return pad(table, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
 
 
 def _norm_parts(config: GPTConfig) -> tuple[str, ...]:
