@@ -28,6 +28,10 @@ def measure(directory: str = "/") -> SystemMetrics:
     }
 
 
+class NodeLostError(RuntimeError):
+    """Ray has given up the node on which this process runs, so that nothing new can be started from here."""
+
+
 class NodeProbe:
     """Measures the node it lives on."""
 
@@ -52,9 +56,15 @@ class Nodes:
         measure(directory)  # the first call only starts psutil's clock
 
     def collect(self) -> dict[str, SystemMetrics]:
-        """Node name → metrics: fresh for this node, as of the last call for the others."""
+        """Node name → metrics: fresh for this node, as of the last call for the others.
+
+        Raises :class:`NodeLostError`.
+        """
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if self._here not in alive:
+            raise NodeLostError(f"Ray has lost the node {self._here} on {socket.gethostname()}")
         found = {socket.gethostname(): measure(self._directory)}
-        for node_id in [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != self._here]:
+        for node_id in sorted(alive - {self._here}):
             answer = self._answer(node_id)
             if answer:
                 found[answer[0]] = answer[1]

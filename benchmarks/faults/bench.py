@@ -125,13 +125,14 @@ def run_supervised(folder: Path, name: str, faults: tuple[Fault, ...]) -> Journa
 
 
 def run_with_zombie(folder: Path) -> tuple[Journal, dict[str, Any]]:
-    """A coordinator is stopped, its successor takes over, and the first one's ranks write on until it wakes up."""
+    """A coordinator is stopped, its successor takes over, and the first one's ranks go on until it wakes up."""
     _, journal = make_job(folder, "zombie", ())
     plan = FaultPlan.read(journal.directory)
     first, second = LocalBackend(COORDINATOR), LocalBackend(COORDINATOR)
     zombie = first.submit(journal)
     _until(lambda: journal.view().candidate(CANDIDATE).latest.get("step", 0) >= 10)
     os.kill(zombie["pid"], signal.SIGSTOP)
+    plan.hold(epoch=1).touch()
     successor = second.submit(journal)
     try:
         _until(lambda: journal.view().candidate(CANDIDATE).gang.epoch == 2)
@@ -141,6 +142,7 @@ def run_with_zombie(folder: Path) -> tuple[Journal, dict[str, Any]]:
         def late() -> list[dict[str, Any]]:
             return [commit for commit in plan.commits() if commit["epoch"] == 1 and commit["time"] > taken_over["time"]]
 
+        plan.hold(epoch=1).unlink()
         _until(late)
         os.kill(zombie["pid"], signal.SIGCONT)
         _until(lambda: first.status(zombie).phase is Phase.ENDED)

@@ -77,6 +77,10 @@ class FaultPlan:
                 return fault
         return None
 
+    def hold(self, epoch: int) -> Path:
+        """While this file exists, the ranks of the epoch rest after a step."""
+        return self.directory / f"hold-{epoch}"
+
     def struck(self) -> list[str]:
         """Names of the faults that have happened."""
         folder = self.directory / STRUCK
@@ -103,7 +107,7 @@ def run_task(task: TrainTask, report: Callable[[str, dict[str, Any]], None], sto
     from parallelism import run
 
     directory = Path(task.data_dir).parent
-    with _Rank(FaultPlan.read(directory)).in_place():
+    with _Rank(FaultPlan.read(directory), task.epoch).in_place():
         return run.run_task(task, report, stop)
 
 
@@ -124,10 +128,11 @@ def coordinate_with(plan: FaultPlan, work: Callable[[], int]) -> int:
 class _Rank:
     """Stands between the trainer and the points of one rank's process."""
 
-    def __init__(self, plan: FaultPlan) -> None:
+    def __init__(self, plan: FaultPlan, epoch: int) -> None:
         import torch.distributed as dist
 
         self._plan = plan
+        self._hold = plan.hold(epoch)
         self._rank = dist.get_rank()
         self._process = os.getpid()
         self._last_step = time.monotonic()
@@ -155,6 +160,8 @@ class _Rank:
             stepped(watchdog, step)
             self._reach("step", step)
             time.sleep(max(0.0, self._last_step + self._plan.pace_seconds - time.monotonic()))
+            while self._hold.exists():
+                time.sleep(0.05)
             self._last_step = time.monotonic()
 
         return around

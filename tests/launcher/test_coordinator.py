@@ -60,10 +60,10 @@ class _Running:
         """Until the job has reported the step."""
         _until(lambda: self.journal.view().candidate(candidate).latest.get("step", 0) >= step)
 
-    def pid(self, role: str) -> int:
+    def pid(self, role: str, **fields: str) -> int:
         """The newest process in this role."""
-        events = self.journal.view().processes.values()
-        return [event["pid"] for event in events if event["role"] == role][-1]
+        wanted = {"role": role, **fields}.items()
+        return [event["pid"] for event in self.journal.view().processes.values() if wanted <= event.items()][-1]
 
     def end(self) -> JobState:
         """The state the job rests in; nothing of it may run any more."""
@@ -159,6 +159,21 @@ def test_killed_ranks_and_coordinators_change_nothing_but_the_bill(
         assert gang.device_seconds >= STEP_SECONDS * (restart["from_step"] - gang.resumed_step)
     assert [gang.ended for gang in view.candidate("a").gangs] == ["rank died", None, "budget"]
     assert len(list(journal.checkpoints_dir("a").iterdir())) == 1  # superseded roots are gone
+
+
+def test_a_coordinator_whose_node_is_lost_is_replaced(
+    tmp_path: Path, start: Callable[[Home, Journal], _Running]
+) -> None:
+    """Without Ray's server of its node a coordinator lives, but would wait for ever for the next process group."""
+    home, journal = _job(tmp_path, 150)
+    running = start(home, journal)
+    running.until_step(25)
+    os.kill(running.pid("ray", name="raylet"), signal.SIGKILL)
+    os.kill(running.pid("rank"), signal.SIGKILL)
+    assert running.end() is JobState.SUCCEEDED
+    assert _weights(journal) == _expected(150)
+    assert journal.view().epoch == 2
+    assert "Ray has lost the node" in journal.log_path("coordinator").read_text()
 
 
 def test_pause_signal_and_continue_lose_nothing(tmp_path: Path, start: Callable[[Home, Journal], _Running]) -> None:
