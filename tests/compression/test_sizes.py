@@ -58,7 +58,7 @@ class Job:
             tasks.compress_layer(
                 self.source, layer, recipes, self.out, text=self.text, allocations=allotment.allocations
             )
-        tasks.compress_outer(self.source, recipes, self.out, text=self.text, allocations=allotment.allocations)
+        tasks.compress_outer(self.source, recipes, self.out)
         return [
             tasks.assemble(self.source, recipe, self.out, removed=allotment.removed.get(recipe.name, ()))
             for recipe in recipes
