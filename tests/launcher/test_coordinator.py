@@ -25,7 +25,7 @@ from tests.launcher.made import spec_document
 from tests.launcher.toys import STEP_SECONDS
 
 TOY = "tests.launcher.toy_coordinator"
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 300.0
 
 pytestmark = pytest.mark.timeout(600)
 
