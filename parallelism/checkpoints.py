@@ -138,6 +138,11 @@ class Checkpoints:
         except CheckpointError as error:
             self._end(str(error))
 
+    def forget_newest(self) -> None:
+        """The engine's state is no longer that of the newest checkpoint, though no step was made."""
+        self.settle()
+        self._newest_step = None
+
     def finish(self, progress: Progress, metrics: Metrics) -> str:
         """The complete checkpoint of ``progress``, written now unless it is there.
 

@@ -40,6 +40,7 @@ from parallelism.feed import Feed
 from parallelism.instruments import Instruments, measured_peak_flops
 from parallelism.registry import ENGINES, FAMILIES, load
 from parallelism.result import DivergedError, LastCheckpointError, Report, TrainResult
+from parallelism.start import check_start
 from parallelism.stop import StopRequest
 from parallelism.trainer import StepCost, Trainer
 from parallelism.training import TrainTask
@@ -106,20 +107,47 @@ def check_task(task: TrainTask, world_size: int) -> None:
             f"budget.{task.budget.unit} {task.budget.limit:g} is smaller than one step, which takes {needed:g}: "
             "raise it or lower training.global_batch"
         )
+    check_start(task.start, task.model, layout)
+    if layout.engine == "deepspeed" and training.prune is not None:
+        raise ValueError("training.prune: engine deepspeed does not prune; set layout.engine: megatron, or lean")
+    _check_teacher(task)
     if task.budget.unit == "cost" and not task.price_per_device_hour:
         raise ValueError("budget.cost needs price_per_device_hour: give the price, or a budget in another unit")
 
 
 def step_cost(task: TrainTask) -> StepCost:
-    """What one optimizer step adds to the progress."""
+    """What one optimizer step adds to the progress; a teacher's forward pass is part of it.
+
+    Raises ``ValueError`` where the teacher is no complete checkpoint.
+    """
     samples = task.training.global_batch
     assert isinstance(samples, int)
-    flops = samples * train_flops_per_sequence(task.model, task.sequence_length)
-    return StepCost(samples, samples * task.sequence_length, flops)
+    flops = train_flops_per_sequence(task.model, task.sequence_length)
+    if task.start is not None and task.start.teacher is not None:
+        flops += read_info(task.start.teacher).model.forward_flops(task.sequence_length)
+    return StepCost(samples, samples * task.sequence_length, samples * flops)
+
+
+def _check_teacher(task: TrainTask) -> None:
+    if task.start is None or task.start.teacher is None:
+        return
+    teacher = read_info(task.start.teacher).model
+    if (teacher.family, teacher.vocab_size) != (task.model.family, task.model.vocab_size):
+        raise ValueError(
+            f"start.teacher {task.start.teacher} is of family {teacher.family} with {teacher.vocab_size} tokens, the "
+            f"model of family {task.model.family} with {task.model.vocab_size}: name its dense parent"
+        )
+    if teacher.context < task.sequence_length:
+        raise ValueError(
+            f"start.teacher {task.start.teacher} accepts {teacher.context} tokens: lower sequence_length "
+            f"{task.sequence_length} to that"
+        )
 
 
 def _start(task: TrainTask, engine: Engine) -> Start:
     if task.resume_from is None:
+        if task.start is not None:
+            checkpoint.load_weights(engine, read_info(task.start.weights).path)
         return Start(Progress(), Metrics(), None)
     info = read_info(task.resume_from)
     return Start(checkpoint.load(engine, info.path), info.metrics, str(info.path))

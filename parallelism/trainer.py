@@ -13,6 +13,7 @@ from parallelism.checkpoint_store import Metrics
 from parallelism.checkpoints import Checkpoints, Start
 from parallelism.engines.base import Engine, StepResult
 from parallelism.feed import Feed
+from parallelism.gradual import sparsity_at
 from parallelism.instruments import Instruments
 from parallelism.result import DivergedError, FinishReason, Report, TrainResult
 from parallelism.schedule import learning_rate
@@ -79,6 +80,7 @@ class Trainer:
         self.metrics = start.metrics
         self.ledger = Ledger(task.budget, task.price_per_device_hour, start.progress, instruments.burnt())
         self._evaluated_step = -1
+        self._sparsity = 0.0  # a resumed run prunes once more as far as it had, which changes nothing
 
     def train(self) -> TrainResult:
         """Run to the end of the budget, or to a checkpoint after a request to stop.
@@ -96,6 +98,7 @@ class Trainer:
                 self.checkpoints.write(self.ledger.progress, self._metrics_now())
             if decision.stop:
                 return self._finish(decision.stop)
+            self._prune(decision.fraction)
 
             # One optimizer step
             started = time.perf_counter()
@@ -123,6 +126,15 @@ class Trainer:
         strength, evaluations_due, checkpoint_due, fraction = agreement.highest(ballot)
         stop = REASONS[int(strength)] if strength >= 0 else None
         return Decision(stop, int(evaluations_due), checkpoint_due > 0, fraction)
+
+    def _prune(self, fraction: float) -> bool:
+        """Prune as far as this part of the budget asks for; whether there was something to do."""
+        sparsity = sparsity_at(self.task.training.prune, fraction)
+        if sparsity <= self._sparsity:
+            return False
+        self.engine.prune(sparsity)
+        self._sparsity = sparsity
+        return True
 
     def _evaluate(self, count: int) -> None:
         """Report the loss on held-out samples, the same ones every time; ``count`` evaluations are then done."""
@@ -164,6 +176,8 @@ class Trainer:
     def _finish(self, reason: FinishReason) -> TrainResult:
         progress = self.ledger.progress
         self.watchdog.beat(progress.step, "last checkpoint")
+        if reason == "budget" and self._prune(1.0):  # the budget had no step at the ramp's end
+            self.checkpoints.forget_newest()
         checkpoint = self.checkpoints.finish(progress, self._metrics_now())
         if reason == "budget" and self.task.evaluations and self._evaluated_step != progress.step:
             self._evaluate(self.task.evaluations)

@@ -13,9 +13,11 @@ from pydantic import (
 )
 
 from parallelism.budget import Budget
+from parallelism.gradual import GradualPruning
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
 from parallelism.options import Options
+from parallelism.start import StartPoint
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -39,6 +41,7 @@ class TrainingConfig(Options):
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPUs, fp32 on CPUs")
     recompute: bool = Field(default=False, description="recompute activations in the backward pass")
     distributed_optimizer: bool = Field(default=True, description="megatron engine: shard optimizer state over data")
+    prune: GradualPruning | None = Field(default=None, description="gradually, while training (not engine deepspeed)")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainingConfig":
@@ -73,7 +76,10 @@ class TrainTask(Options):
     sequence_length: PositiveInt
     checkpoint_dir: str = Field(description="root under which complete checkpoints of this candidate lie")
     checkpoint: CheckpointPolicy = CheckpointPolicy(seconds=60)
-    resume_from: str | None = Field(default=None, description="a complete checkpoint's directory")
+    start: StartPoint | None = Field(default=None, description="begin with given weights, not with random ones")
+    resume_from: str | None = Field(
+        default=None, description="a complete checkpoint of this task, to go on from; its directory"
+    )
     epoch: NonNegativeInt = Field(default=0, description="the attempt's fencing number; part of checkpoint names")
     burnt_device_seconds: NonNegativeFloat = Field(default=0.0, description="consumed by earlier attempts")
     burnt_wall_seconds: NonNegativeFloat = 0.0

@@ -41,6 +41,13 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: list[Batch]) -> float:
         """Mean loss per token over all data ranks, in evaluation mode; leaves training state and RNG untouched."""
 
+    def prune(self, sparsity: float) -> None:
+        """Set the smallest weights of every linear matrix of the layers to zero, for good: ``sparsity`` of each.
+
+        Called between steps where ``training.prune`` is set, never for less than before; done already, nothing changes.
+        Their moments are zero too. Collective; engine ``deepspeed`` lacks it.
+        """
+
     def sharded_state(self) -> list[ShardedTensor]:
         """This rank's weights and optimizer in the one form of :mod:`parallelism.engines.state`.
 

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 from parallelism import device
 from parallelism.engines import limits, single_stage, state
 from parallelism.engines.base import StepResult
-from parallelism.models.base import Batch, ModelConfig, ShardedFamily
+from parallelism.engines.recovery import Recovery, make_objective, zero
+from parallelism.models.base import Batch, Losses, ModelConfig, ShardedFamily
 from parallelism.registry import FAMILIES, load
 from parallelism.training import TrainingConfig, TrainTask
 
@@ -53,6 +54,13 @@ class LeanEngine:
         self.module = single_stage.build_module(self._family, task)
         self.data_rank: int = parallel_state.get_data_parallel_rank()
         self._parameters = state.stored_parameters([self.module])
+        self._recovery = Recovery(task, self._parameters)
+        self._objective: Losses = self._family
+        if task.start is not None:
+            build = single_stage.build_other
+            self._objective = make_objective(
+                task, task.start, self._family, lambda config: [build(self._family, task, config)]
+            )
         self._moments = {stored.parameter: _zero_moments(stored.parameter) for stored in self._parameters}
         self._previous_norm = torch.zeros(1, dtype=torch.float64, device=device.device())
         self._squares = torch.zeros(1, dtype=torch.float64, device=device.device())
@@ -71,9 +79,10 @@ class LeanEngine:
         self._step += 1
         self._learning_rate = learning_rate
         self._squares.zero_()
-        losses = self._family.losses(self.module, single_stage.to_device(batch))
-        # Summed over data ranks, the gradient is that of the mean over the tokens of the global batch.
-        (losses.sum() / (losses.numel() * self.layout.data)).backward()
+        with self._recovery.rounded():
+            losses = self._objective.losses(self.module, single_stage.to_device(batch))
+            # Summed over data ranks, the gradient is that of the mean over the tokens of the global batch.
+            (losses.sum() / (losses.numel() * self.layout.data)).backward()
         assert len(self._updated) == len(self._moments), "every parameter has one complete gradient per step"
         self._updated.clear()
         dist.all_reduce(self._squares, group=parallel_state.get_tensor_model_parallel_group())
@@ -88,6 +97,8 @@ class LeanEngine:
             dist.all_reduce(gradient, group=parallel_state.get_data_parallel_group())
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+        self._recovery.restore(parameter)
+        self._recovery.mask_gradient(parameter, gradient)
         if param_is_not_tensor_parallel_duplicate(parameter):
             self._squares += single_stage.square_sum(gradient)
         adamw_in_chunks(
@@ -109,7 +120,15 @@ class LeanEngine:
 
     def evaluate(self, micro_batches: list[Batch]) -> float:
         """Mean loss per token over all data ranks; see :class:`parallelism.engines.base.Engine`."""
-        return single_stage.evaluate(self._family, self.module, micro_batches)
+        with self._recovery.rounded():
+            return single_stage.evaluate(self._objective, self.module, micro_batches)
+
+    def prune(self, sparsity: float) -> None:
+        """Zero the smallest linear weights for good; see :class:`parallelism.engines.base.Engine`."""
+        for stored, pruned in self._recovery.pruned(sparsity):
+            moments = self._moments[stored.parameter]
+            for values in (stored.parameter, moments.average, moments.square):
+                zero(values, pruned)
 
     def sharded_state(self) -> list[ShardedTensor]:
         """Pieces that alias this rank's weights and optimizer; see :class:`parallelism.engines.base.Engine`.

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from parallelism import device
 from parallelism.engines import state
 from parallelism.engines.base import StepResult
+from parallelism.engines.recovery import Recovery, make_objective, zero
 from parallelism.initialize import initialize
 from parallelism.layout import Layout
 from parallelism.models.base import Batch, ModelConfig, ShardedFamily
@@ -38,6 +39,7 @@ class MegatronEngine:
         self.layout = task.layout
         self.config: ModelConfig = task.model
         self.seed: int = task.seed
+        self._training = task.training
         self._family: ShardedFamily = load(FAMILIES[task.model.family].sharded)
         start_parallel_state(task.layout, task.seed)
         self.data_rank: int = parallel_state.get_data_parallel_rank()
@@ -47,6 +49,8 @@ class MegatronEngine:
         self._distributed = task.training.distributed_optimizer and task.layout.data > 1
         self._wrapped = [_wrap(chunk, self._megatron, self._distributed) for chunk in self.chunks]
         self._optimizer = get_megatron_optimizer(_optimizer_config(task.training, self._distributed), self._wrapped)
+        self._recovery = Recovery(task, state.stored_parameters(self.chunks))
+        self._objective = make_objective(task, task.start, self._family, self._build_other) if task.start else None
         for group in self._adam.param_groups:
             # megatron-core's scheduler, which is not used here, would exempt biases and norms from weight decay.
             group["weight_decay"] = task.training.weight_decay * group["wd_mult"]
@@ -67,7 +71,9 @@ class MegatronEngine:
         self._optimizer.zero_grad()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self._run(micro_batches, forward_only=False)
+        with self._recovery.rounded():
+            loss = self._run(micro_batches, forward_only=False)
+        self._recovery.mask_gradients(_main_gradient)
         _, gradient_norm, _ = self._optimizer.step()
         return StepResult(loss, float(gradient_norm))
 
@@ -77,7 +83,8 @@ class MegatronEngine:
         for chunk in self._wrapped:
             chunk.eval()
         try:
-            return self._run(micro_batches, forward_only=True)
+            with self._recovery.rounded():
+                return self._run(micro_batches, forward_only=True)
         finally:
             for chunk in self._wrapped:
                 chunk.train()
@@ -85,6 +92,8 @@ class MegatronEngine:
     def _run(self, micro_batches: list[Batch], *, forward_only: bool) -> float:
         batches = [{name: tensor.to(device.device()) for name, tensor in batch.items()} for batch in micro_batches]
         rows, length = batches[0]["tokens"].shape
+        if self._objective is not None and not forward_only:
+            self._objective.prepare(batches)
         iterators = [iter(batches) for _ in self._wrapped]
         parts: list[Tensor] = get_forward_backward_func()(
             forward_step_func=self._forward,
@@ -98,8 +107,12 @@ class MegatronEngine:
         return _mean_over_ranks(parts)
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        return self._family.losses(model, batch), _sum_of_losses
+        batch, objective = next(batches), self._objective
+        if objective is None:
+            return self._family.losses(model, batch), _sum_of_losses
+        training = model.training
+        logits = self._family.logits(model, batch)
+        return logits, lambda logits: _sum_of_losses(objective.of_logits(logits, batch, training=training))
 
     def _check_interleaving(self, count: int) -> None:
         if self.layout.virtual_pipeline > 1 and count % self.layout.pipeline:
@@ -108,15 +121,28 @@ class MegatronEngine:
                 f"rank that pipeline {self.layout.pipeline} divides, not {count}: change global_batch or micro_batch"
             )
 
+    def _build_other(self, config: ModelConfig) -> list[torch.nn.Module]:
+        """This rank's chunks of another model at the same layout, their weights not set."""
+        megatron = self._family.transformer_config(config, self.layout, self._training)
+        return build_chunks(self._family, config, self.layout, megatron)
+
+    def prune(self, sparsity: float) -> None:
+        """Zero the smallest linear weights for good; see :class:`parallelism.engines.base.Engine`."""
+        for stored, pruned in self._recovery.pruned(sparsity):
+            zero(stored.parameter, pruned)
+            for start, tensors in self._optimizer_parts(stored):
+                for values in tensors.values():
+                    zero(values, pruned, start)
+
     def sharded_state(self) -> list[ShardedTensor]:
         """Pieces that alias this rank's weights and optimizer; see :class:`parallelism.engines.base.Engine`."""
         parameters = state.stored_parameters(self.chunks)
         pieces = state.model_pieces(parameters)
         if not self._distributed:
-            pieces += [piece for stored in parameters for piece in self._optimizer_pieces(stored)]
+            pieces += [piece for stored in parameters for piece in self._optimizer_pieces(stored, sharded=False)]
         pieces = state.spread_over_data(pieces, self.data_rank, self.layout.data)
         if self._distributed:
-            pieces += [piece for stored in parameters for piece in self._sharded_optimizer_pieces(stored)]
+            pieces += [piece for stored in parameters for piece in self._optimizer_pieces(stored, sharded=True)]
         return pieces
 
     def restored(self, step: int) -> None:
@@ -128,20 +154,24 @@ class MegatronEngine:
                 if "step" in self._adam.state[parameter]:
                     self._adam.state[parameter]["step"].fill_(step)
 
-    def _optimizer_pieces(self, stored: state.StoredParameter) -> Iterator[ShardedTensor]:
-        main = getattr(stored.parameter, "main_param", stored.parameter)
-        for name, values in self._optimizer_tensors(stored.parameter, main).items():
-            yield from state.optimizer_pieces(stored, name, values)
+    def _optimizer_pieces(self, stored: state.StoredParameter, *, sharded: bool) -> Iterator[ShardedTensor]:
+        for start, tensors in self._optimizer_parts(stored):
+            for name, values in tensors.items():
+                yield from state.optimizer_pieces(stored, name, values, start=start, sharded=sharded)
 
-    def _sharded_optimizer_pieces(self, stored: state.StoredParameter) -> Iterator[ShardedTensor]:
+    def _optimizer_parts(self, stored: state.StoredParameter) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What this rank has of a parameter's optimizer: first element of the flattened parameter, name → tensor."""
+        if not self._distributed:
+            main = getattr(stored.parameter, "main_param", stored.parameter)
+            yield 0, self._optimizer_tensors(stored.parameter, main)
+            return
         (optimizer,) = self._optimizer.chained_optimizers
         if stored.parameter not in optimizer.model_param_group_index_map:
             return  # the whole parameter belongs to other data ranks
         group, index = optimizer.model_param_group_index_map[stored.parameter]
         main = self._adam.param_groups[group]["params"][index]
         start = optimizer._get_model_param_range_map(stored.parameter)["param"].start
-        for name, values in self._optimizer_tensors(stored.parameter, main).items():
-            yield from state.optimizer_pieces(stored, name, values, start=start, sharded=True)
+        yield start, self._optimizer_tensors(stored.parameter, main)
 
     def _optimizer_tensors(self, parameter: Parameter, main: Tensor) -> dict[str, Tensor]:
         """Name → tensor in the shape of ``main``, which is what the inner optimizer updates for ``parameter``."""
@@ -226,6 +256,12 @@ def _optimizer_config(training: TrainingConfig, distributed: bool) -> OptimizerC
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
     )
+
+
+def _main_gradient(parameter: Any) -> Tensor:
+    """Where megatron-core sums the gradients of a parameter up, in float32."""
+    gradient: Tensor = parameter.main_grad
+    return gradient
 
 
 def _sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from parallelism import device
 from parallelism.engines.megatron import build_chunks, start_parallel_state
 from parallelism.initialize import initialize
-from parallelism.models.base import Batch, ShardedFamily
+from parallelism.models.base import Batch, Losses, ModelConfig, ShardedFamily
 from parallelism.training import TrainTask
 
 CHUNK_ELEMENTS = 1 << 18
@@ -26,17 +26,24 @@ def build_module(family: ShardedFamily, task: TrainTask) -> torch.nn.Module:
     return module
 
 
+def build_other(family: ShardedFamily, task: TrainTask, config: ModelConfig) -> torch.nn.Module:
+    """This rank's part of another model, its weights not set, in the groups that are there."""
+    megatron = family.transformer_config(config, task.layout, task.training)
+    (module,) = build_chunks(family, config, task.layout, megatron)
+    return module
+
+
 def to_device(batch: Batch) -> Batch:
     """The batch on this rank's device."""
     return {name: tensor.to(device.device()) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
-def evaluate(family: ShardedFamily, module: torch.nn.Module, micro_batches: Sequence[Batch]) -> float:
+def evaluate(objective: Losses, module: torch.nn.Module, micro_batches: Sequence[Batch]) -> float:
     """Mean loss per token over all data ranks' micro-batches, in evaluation mode; the same on every rank."""
     module.eval()
     try:
-        return mean_over_data([family.losses(module, to_device(batch)) for batch in micro_batches])
+        return mean_over_data([objective.losses(module, to_device(batch)) for batch in micro_batches])
     finally:
         module.train()
 

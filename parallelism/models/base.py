@@ -54,7 +54,14 @@ class ModelConfig(Options):
         raise NotImplementedError(f"family {self.family} does not count its FLOPs")
 
 
-class ShardedFamily(Protocol):
+class Losses(Protocol):
+    """What a model is trained for."""
+
+    def losses(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Forward pass of one chunk: per-token losses [batch, sequence] float32 on the last stage, else activations."""
+
+
+class ShardedFamily(Losses, Protocol):
     """A family on megatron-core, as engines train it. A module of functions satisfies this protocol."""
 
     def build(self, config: Any, megatron: Any, *, first: bool, last: bool, chunk: int | None) -> torch.nn.Module:
@@ -66,8 +73,8 @@ class ShardedFamily(Protocol):
     def collate(self, rows: np.ndarray) -> Batch:
         """Rows of token ids [batch, sequence + 1] int64 → the tensors that :meth:`losses` takes."""
 
-    def losses(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Forward pass of one chunk: per-token losses [batch, sequence] float32 on the last stage, else activations."""
+    def logits(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The same chunk's logits [batch, sequence, padded vocabulary / tensor] on the last stage, else activations."""
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,20 @@ def collate(rows: np.ndarray) -> Batch:
     return {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
+def logits(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits [B, S, vocabulary / tensor] on the last stage; activations [S, B, hidden] before it."""
+    output: torch.Tensor = module(batch["tokens"], _positions(batch["tokens"]), None)
+    return output
+
+
 def losses(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of every next token [B, S] float32 on the last stage; activations [S, B, hidden] before it."""
-    tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output: torch.Tensor = module(tokens, positions, None, labels=batch["labels"])
+    output: torch.Tensor = module(batch["tokens"], _positions(batch["tokens"]), None, labels=batch["labels"])
     return output
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
 def _uses_transformer_engine() -> bool:
