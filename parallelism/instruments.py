@@ -17,7 +17,7 @@ class Instruments:
 
     def __init__(self, stopwatch: Stopwatch, peak_flops: float) -> None:
         self._stopwatch = stopwatch
-        self._baseline_memory_bytes = device.peak_memory_bytes()
+        self._baseline_memory_bytes = device.baseline_memory_bytes()
         self._group_peak_flops = dist.get_world_size() * peak_flops
 
     def burnt(self) -> Burnt:

@@ -6,6 +6,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from parallelism.options import Options
 
+DeviceKind = Literal["cpu", "gpu"]
+
 
 class Layout(Options):
     """Tensor × pipeline × data parallelism, with the engine that carries it out.

@@ -1,7 +1,7 @@
 """How much memory one rank needs, by part, from shapes alone. Torch-free.
 
 Everything is above what a process holds once it has imported its libraries and joined its process group, which is
-:data:`BASELINE_BYTES`. Measured against real processes by ``benchmarks/memory``.
+:data:`BASELINE_BYTES`. Measured against real processes by ``benchmarks/memory`` (CPUs) and ``benchmarks/gpu``.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from math import prod
 
 from pydantic import NonNegativeInt
 
-from parallelism.layout import Layout, stage_layers
+from parallelism.layout import DeviceKind, Layout, stage_layers
 from parallelism.models.base import ModelConfig
 from parallelism.models.gpt.config import GPTConfig
 from parallelism.options import Options
@@ -66,7 +66,7 @@ def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
 
 
 def memory_per_rank(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind = "cpu"
 ) -> MemoryEstimate:
     """The estimate of the pipeline stage that needs most. ``training`` holds no ``auto``.
 
@@ -74,15 +74,15 @@ def memory_per_rank(
     attention keep them (after Korthikanti et al. 2022, equations 1 to 4, without the scores), times the micro-batches
     in flight under 1F1B.
     """
-    estimates = memory_by_stage(config, layout, training, sequence_length)
+    estimates = memory_by_stage(config, layout, training, sequence_length, kind)
     return max(estimates, key=lambda estimate: estimate.total)
 
 
 def memory_by_stage(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind = "cpu"
 ) -> list[MemoryEstimate]:
     """The estimate of a rank of every pipeline stage, in their order; see :func:`memory_per_rank`."""
-    return [_stage_memory(config, layout, training, sequence_length, stage) for stage in stages(config, layout)]
+    return [_stage_memory(config, layout, training, sequence_length, kind, stage) for stage in stages(config, layout)]
 
 
 def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
@@ -136,21 +136,21 @@ def _is_split(name: str) -> bool:
 
 
 def _stage_memory(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, stage: Stage
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind, stage: Stage
 ) -> MemoryEstimate:
     held = _held(config, layout.tensor, stage)
     parameters = held.total
     state = _State.of(layout, training)
     working = _working_precision(training)
-    activations = _activations(config, layout, training, sequence_length, stage)
+    activations = _activations(config, layout, training, sequence_length, kind, stage)
     return MemoryEstimate(
         weights=round(parameters * state.weights),
         gradients=round(parameters * state.gradients),
         master_weights=round(parameters * state.master),
         moments=round(parameters * state.moments),
         activations=activations,
-        logits=_logits(config, layout, training, sequence_length) if stage.last else 0,
-        buffers=held.largest * working,
+        logits=_logits(config, layout, training, sequence_length, kind) if stage.last else 0,
+        buffers=held.largest * working + round(held.largest * state.swap_buffers),
         offloaded=round(parameters * state.offloaded),
     )
 
@@ -164,6 +164,8 @@ class _State:
     master: float
     moments: float
     offloaded: float = 0.0
+    swap_buffers: float = 0.0
+    """Per element of the largest parameter, where a disk holds the optimizer."""
 
     @classmethod
     def of(cls, layout: Layout, training: TrainingConfig) -> "_State":
@@ -186,7 +188,9 @@ def _zero(layout: Layout, working: int) -> _State:
     state = 3 * FP32 / optimizer
     if layout.offload == "none":
         return _State(working / weights, working / gradients, state / 3, 2 * state / 3)
-    return _State(working / weights, working / gradients, 0.0, 0.0, offloaded=state)
+    if layout.offload == "cpu":
+        return _State(working / weights, working / gradients, 0.0, 0.0, offloaded=state)
+    return _State(working / weights, working / gradients, 0.0, 0.0, swap_buffers=state + FP32 / optimizer)
 
 
 def _working_precision(training: TrainingConfig) -> int:
@@ -195,12 +199,12 @@ def _working_precision(training: TrainingConfig) -> int:
 
 
 def _activations(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, stage: Stage
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind, stage: Stage
 ) -> int:
     """Bytes that wait for the backward pass, over the layers of all micro-batches in flight."""
     assert isinstance(training.micro_batch, int)
     tokens = training.micro_batch * sequence_length
-    stored = tokens * _layer_bytes_per_token(config, layout, training)
+    stored = tokens * _layer_bytes_per_token(config, layout, training, kind)
     if training.recompute:
         kept = tokens * config.hidden * _working_precision(training) // _sequence_shards(layout)
         return round(kept * _layers_in_flight(layout, training, stage) + stored)
@@ -232,7 +236,7 @@ def _sequence_shards(layout: Layout) -> int:
     return layout.tensor if layout.sequence_parallel else 1
 
 
-def _layer_bytes_per_token(config: ModelConfig, layout: Layout, training: TrainingConfig) -> float:
+def _layer_bytes_per_token(config: ModelConfig, layout: Layout, training: TrainingConfig, kind: DeviceKind) -> float:
     """Bytes of one layer that autograd keeps for one token."""
     assert isinstance(config, GPTConfig), f"no activation formula for family {config.family}"
     heads = config.heads * config.channels
@@ -240,15 +244,31 @@ def _layer_bytes_per_token(config: ModelConfig, layout: Layout, training: Traini
     # The input and output of both norms.
     shared = 4 * config.hidden / _sequence_shards(layout)
     # Queries, keys and values; the attention's output, as the kernel left it and as the next product takes it.
-    split = (heads + 2 * groups) + 2 * heads
+    split = (_attention_inputs(config, training) if kind == "gpu" else heads + 2 * groups) + 2 * heads
     # What goes into the activation function (of a gated unit both halves) and what comes out.
     split += (3 if config.gated else 2) * config.feed_forward
     return (shared + split / layout.tensor) * _working_precision(training)
 
 
-def _logits(config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int) -> int:
-    """Bytes of the output layer's result in float32, which becomes its gradient in place."""
+def _attention_inputs(config: GPTConfig, training: TrainingConfig) -> int:
+    """Numbers per token that CUDA's attention kernels keep of queries, keys and values.
+
+    The values are a view of the product that holds all three, so that it stays beside the rotated queries and keys.
+    In float32 grouped keys and values are repeated for every head (:mod:`parallelism.models.gpt.attention`).
+    """
+    heads, groups = config.heads * config.channels, config.query_groups * config.channels
+    if training.precision == "fp32" and groups != heads:
+        return 3 * heads
+    product = heads + 2 * groups
+    return product + heads + groups if config.style == "llama" else product
+
+
+def _logits(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind
+) -> int:
+    """Bytes of the output layer's result, which becomes its gradient in place; on CPUs in float32, copied there."""
     assert isinstance(training.micro_batch, int)
     tokens = training.micro_batch * sequence_length
-    precision = FP32 if training.precision == "fp32" else FP32 + BF16
+    copied = kind == "cpu" and training.precision == "bf16"
+    precision = _working_precision(training) + (FP32 if copied else 0)
     return tokens * config.padded_vocab_size // layout.tensor * precision

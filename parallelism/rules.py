@@ -5,14 +5,11 @@ An untuned learning rate would make a comparison of sizes worthless, so every ca
 
 import bisect
 import math
-from typing import Literal
 
 from parallelism.accounting import non_embedding_parameters
-from parallelism.layout import Layout
+from parallelism.layout import DeviceKind, Layout
 from parallelism.models.base import ModelConfig
 from parallelism.training import TrainingConfig
-
-DeviceKind = Literal["cpu", "gpu"]
 
 LARGEST_KAPLAN = 125e6
 GPT3_RATES = (

@@ -67,6 +67,7 @@ class LeanEngine:
         self._updated: list[Parameter] = []
         self._step = 0
         self._learning_rate = 0.0
+        self._gradient_scale = 1.0
         for parameter in self._moments:
             parameter.register_post_accumulate_grad_hook(self._update)
 
@@ -78,6 +79,7 @@ class LeanEngine:
         (batch,) = micro_batches
         self._step += 1
         self._learning_rate = learning_rate
+        self._gradient_scale = self._clipping()
         self._squares.zero_()
         with self._recovery.rounded():
             losses = self._objective.losses(self.module, single_stage.to_device(batch))
@@ -109,7 +111,7 @@ class LeanEngine:
             self.training,
             step=self._step,
             learning_rate=self._learning_rate,
-            gradient_scale=self._clipping(),
+            gradient_scale=self._gradient_scale,
         )
         parameter.grad = None
         self._updated.append(parameter)

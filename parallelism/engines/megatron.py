@@ -45,6 +45,7 @@ class MegatronEngine:
         self.data_rank: int = parallel_state.get_data_parallel_rank()
         self._megatron = _megatron_config(self._family, task)
         self.chunks = build_chunks(self._family, task.model, task.layout, self._megatron)
+        self._megatron.finalize_model_grads_func = self._finalize_gradients
         initialize(self.chunks, task.seed, self._megatron.init_method_std, task.model.layers)
         self._distributed = task.training.distributed_optimizer and task.layout.data > 1
         self._wrapped = [_wrap(chunk, self._megatron, self._distributed) for chunk in self.chunks]
@@ -54,8 +55,8 @@ class MegatronEngine:
         for group in self._adam.param_groups:
             # megatron-core's scheduler, which is not used here, would exempt biases and norms from weight decay.
             group["weight_decay"] = task.training.weight_decay * group["wd_mult"]
-            # One fused kernel per parameter; megatron-core only asks for it where it offloads to the CPU.
-            group["fused"] = not device.has_cuda()
+            # One fused kernel per parameter on CPUs, for many parameters on GPUs; megatron-core does not ask for it.
+            group["fused"] = True
 
     @property
     def _adam(self) -> torch.optim.Optimizer:
@@ -92,6 +93,7 @@ class MegatronEngine:
     def _run(self, micro_batches: list[Batch], *, forward_only: bool) -> float:
         batches = [{name: tensor.to(device.device()) for name, tensor in batch.items()} for batch in micro_batches]
         rows, length = batches[0]["tokens"].shape
+        self._tokens = len(batches) * rows * length * self.layout.data
         if self._objective is not None and not forward_only:
             self._objective.prepare(batches)
         iterators = [iter(batches) for _ in self._wrapped]
@@ -105,6 +107,15 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return _mean_over_ranks(parts)
+
+    def _finalize_gradients(self, chunks: list[DistributedDataParallel], tokens: Tensor, **groups: Any) -> None:
+        """Sum gradients over ranks and divide them by the tokens of the global batch.
+
+        megatron-core would ask the device for that number, and the device would stand still meanwhile.
+        """
+        finalize_model_grads(chunks, None, **groups)
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / self._tokens)
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch, objective = next(batches), self._objective
@@ -229,7 +240,6 @@ def _megatron_config(family: ShardedFamily, task: TrainTask) -> TransformerConfi
     megatron = family.transformer_config(task.model, task.layout, task.training)
     # The gradient is of the mean over all tokens of the global batch, whatever micro-batch they are in.
     megatron.calculate_per_token_loss = True
-    megatron.finalize_model_grads_func = finalize_model_grads
     return megatron
 
 
@@ -266,8 +276,9 @@ def _main_gradient(parameter: Any) -> Tensor:
 
 def _sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum to differentiate, number of tokens, [sum, number] to report) of one micro-batch's losses [B, S]."""
-    total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, torch.stack((losses.detach().double().sum(), count.double()))
+    # Filled on the device: a number sent there would wait for everything before it.
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
+    return losses.sum(), count, torch.stack((losses.detach().double().sum(), count.double()))
 
 
 def _mean_over_ranks(parts: list[Tensor]) -> float:

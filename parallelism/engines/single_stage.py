@@ -15,6 +15,8 @@ from parallelism.training import TrainTask
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements updated at once: a few float32 copies of so many fit into a core's cache."""
+GPU_CHUNK_ELEMENTS = 1 << 22
+"""The same on GPUs: enough for a kernel to be worth its launch, and little memory for the copies."""
 
 
 def build_module(family: ShardedFamily, task: TrainTask) -> torch.nn.Module:
@@ -53,7 +55,7 @@ def mean_over_data(losses: Sequence[Tensor]) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=device.device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         for part in losses:
-            total += torch.stack((part.detach().double().sum(), total.new_tensor(part.numel())))
+            total += torch.stack((part.detach().double().sum(), total.new_full((), part.numel())))
     dist.all_reduce(total)
     return float(total[0] / total[1])
 
@@ -66,5 +68,5 @@ def square_sum(gradient: Tensor) -> Tensor:
 
 
 def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of :data:`CHUNK_ELEMENTS` elements each, and a rest, of a contiguous tensor."""
-    return tensor.detach().reshape(-1).split(CHUNK_ELEMENTS)
+    """Views of :data:`CHUNK_ELEMENTS` (or :data:`GPU_CHUNK_ELEMENTS`) each, and a rest, of a contiguous tensor."""
+    return tensor.detach().reshape(-1).split(GPU_CHUNK_ELEMENTS if tensor.is_cuda else CHUNK_ELEMENTS)

@@ -1,5 +1,8 @@
 """FLOPs and memory against formulas of the literature and counts by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from parallelism.accounting import (
@@ -136,6 +139,19 @@ def test_bytes_per_parameter(changes: dict, bytes_per_parameter: tuple) -> None:
     assert state(**changes) == tuple(round(100 * each) for each in bytes_per_parameter)
 
 
+def test_a_disk_takes_what_the_host_would_hold_but_for_buffers_of_one_parameter() -> None:
+    zero = {"engine": "deepspeed", "zero_stage": 3, "data": 4}
+    host, disk = (
+        memory_per_rank(SMALL, Layout(**zero, offload=offload, offload_dir="disk"), TRAINING, 64)
+        for offload in ("cpu", "nvme")
+    )
+    assert host.offloaded == round(SMALL.parameter_count() * 12 / 4)
+    assert disk.offloaded == 0
+    largest = SMALL.padded_vocab_size * SMALL.hidden
+    assert disk.buffers - host.buffers == largest * 16 / 4
+    assert disk.total - host.total == disk.buffers - host.buffers
+
+
 def activations(config: GPTConfig = LLAMA, sequence_length: int = 64, **changes: object) -> int:
     layout = Layout.model_validate({name: value for name, value in changes.items() if name in Layout.model_fields})
     training = TRAINING.model_copy(update={k: v for k, v in changes.items() if k in TrainingConfig.model_fields})
@@ -183,3 +199,22 @@ def test_the_missions_models_fit_where_they_were_trained() -> None:
     assert memory_per_rank(megatron, Layout(tensor=8, data=64), training, 1024).total < 32e9
     # One such GPU has no room for it, whatever the batch.
     assert memory_per_rank(megatron, Layout(), training.model_copy(update={"micro_batch": 1}), 1024).total > 32e9
+
+
+def test_estimates_are_near_the_peaks_measured_on_a_gpu() -> None:
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu.json"
+    measured = json.loads(results.read_text(encoding="utf-8"))["memory"]
+    length = measured["sequence_length"]
+    assert len({case["model"] for case in measured["cases"]}) >= 3
+    for case in measured["cases"]:
+        model = resolve_model({"preset": case["model"], "context": length})
+        batch, engine = case["micro_batch"], case["engine"]
+        training = TrainingConfig(
+            global_batch=batch if engine == "lean" else 2 * batch,
+            micro_batch=batch,
+            learning_rate=1e-4,
+            precision=case["precision"],
+            recompute=case["recompute"],
+        )
+        estimate = memory_per_rank(model, Layout(engine=engine), training, length, "gpu")
+        assert estimate.total == pytest.approx(case["peak_gib"] * 2**30, rel=0.15), case

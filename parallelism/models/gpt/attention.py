@@ -39,6 +39,11 @@ class CausalAttention(torch.nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float, grouped: bool) -> Tensor:
+    if grouped and query.is_cuda and query.dtype == torch.float32:
+        # CUDA's one kernel for float32 that does not materialise the scores wants a key and a value for every head.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        grouped = False
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped
     )

@@ -1,7 +1,8 @@
 """The elementwise parts of Llama-style layers with backward passes by hand.
 
 Autograd's own chains of products, halves and concatenations read and write the activations two to three times as often.
-Everything is computed in the dtype of the input, norms in float32.
+Everything is computed in the dtype of the input, norms in float32. On GPUs each pass is one kernel: torch's own for
+norms, compiled for the rest (:func:`parallelism.device.fused`).
 """
 
 from functools import lru_cache
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallelism.device import fused
+
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / √(mean(x²) + ε) · w over the last axis (Zhang & Sennrich 2019, equation 4); hidden [..., n], weight [n]."""
+    if hidden.is_cuda:
+        return torch.nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
     output: Tensor = _RMSNorm.apply(hidden, weight, epsilon)
     return output
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) · up (Shazeer 2020) of the two halves of the last axis: [..., 2n] → [..., n]."""
-    output: Tensor = _SwiGLU.apply(gate_and_up)
+    output: Tensor = (_FusedSwiGLU if gate_and_up.is_cuda else _SwiGLU).apply(gate_and_up)
     return output
 
 
@@ -75,16 +80,53 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+class _FusedSwiGLU(torch.autograd.Function):
+    """Nothing but the input waits for the backward pass: within one kernel silu costs nothing a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        return _swiglu_forward(gate_and_up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        return _swiglu_backward(gate_and_up, gradient)
+
+
+@fused
+def _swiglu_forward(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_and_up.dtype)
+
+
+@fused
+def _swiglu_backward(gate_and_up: Tensor, gradient: Tensor) -> Tensor:
+    # With s = sigmoid(g): d silu(g)/dg = s·(1 + g·(1 - s)).
+    gate, up = gate_and_up.float().chunk(2, dim=-1)
+    slope, sigmoid = gradient.float(), torch.sigmoid(gate)
+    gate_gradient = slope * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return torch.cat((gate_gradient, slope * gate * sigmoid), dim=-1).to(gate_and_up.dtype)
+
+
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _rotated(heads, cosine, sine, 1)
+        return (_rotated_at_once if heads.is_cuda else _rotated)(heads, cosine, sine, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _rotated(gradient, cosine, sine, -1), None, None
+        return (_rotated_at_once if gradient.is_cuda else _rotated)(gradient, cosine, sine, -1), None, None
+
+
+@fused
+def _rotated_at_once(heads: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
+    """What :func:`_rotated` computes, with float32 intermediates."""
+    left, right = heads.float().chunk(2, dim=-1)
+    cosine, sine = cosine.float(), direction * sine.float()
+    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1).to(heads.dtype)
 
 
 def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:

@@ -13,12 +13,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from parallelism.device import has_cuda
+from parallelism.device import device, has_cuda
 from parallelism.layout import Layout, stage_layers
 from parallelism.models.base import Batch
 from parallelism.models.gpt.attention import CausalAttention
 from parallelism.models.gpt.config import GPTConfig
 from parallelism.models.gpt.gate import SwiGLU
+from parallelism.models.gpt.loss import cross_entropy
 from parallelism.models.gpt.norm import Norm
 from parallelism.training import TrainingConfig
 
@@ -60,8 +61,9 @@ def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConf
         recompute_num_layers=1 if training.recompute else None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=has_cuda(),
-        bias_activation_fusion=has_cuda() and not gated_by_hand,
+        bias_dropout_fusion=has_cuda() and (config.bias or config.dropout > 0.0),
+        # For GELU megatron-core's fused kernel has the tanh approximation, which is another function.
+        bias_activation_fusion=has_cuda() and config.gated and not gated_by_hand,
         use_te_activation_func=gated_by_hand,  # only megatron-core's name for an activation given by the layer's spec
         apply_rope_fusion=False,
     )
@@ -73,7 +75,7 @@ def build(
     """One pipeline chunk with uninitialised weights."""
     local = not _uses_transformer_engine()
     learned = config.style == "gpt2"
-    model = GPTModel(
+    model = _Model(
         megatron,
         _local_spec(config, megatron, chunk) if local else get_gpt_layer_with_transformer_engine_spec(),
         vocab_size=config.padded_vocab_size,
@@ -86,8 +88,8 @@ def build(
         rotary_base=config.rope_base,
         vp_stage=chunk,
     )
-    # params_dtype alone leaves parts (norms) in float32.
-    return model.to(megatron.params_dtype)
+    # megatron-core makes its own weights where they belong; norms and positions start as float32 on the CPU.
+    return model.to(device=device(), dtype=megatron.params_dtype)
 
 
 def collate(rows: np.ndarray) -> Batch:
@@ -110,6 +112,17 @@ def losses(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def _positions(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+class _Model(GPTModel):
+    """megatron-core's model with our loss on GPUs."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels [B, S] and logits [S, B, vocabulary / tensor] → losses [B, S] float32."""
+        if not logits.is_cuda:
+            loss: torch.Tensor = super().compute_language_model_loss(labels, logits)
+            return loss
+        return cross_entropy(logits, labels.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
 
 
 def _uses_transformer_engine() -> bool:
