@@ -1,20 +1,48 @@
-"""Everything that is solved column by column with the inverse of H: one loop for all jobs that share their inputs."""
+"""Everything that is solved column by column with the inverse of H: one loop for all jobs that share their inputs.
 
-from collections.abc import Sequence
+A column of weights is rounded, or part of it set to zero, and the columns that are still to come make up for the error
+(Frantar et al. 2023, GPTQ, eq. 2 and algorithm 1; Frantar & Alistarh 2023, SparseGPT, algorithm 1)::
+
+    error = w_i - solved(w_i)                w_j ← w_j - error · U_ij / U_ii   for all j > i, with H⁻¹ = UᵀU
+
+The rows of a matrix do not depend on each other, so the rows of all jobs stand side by side and go through the same few
+operations, whatever their recipes. Columns lie in memory one after another ([in, out], the transpose of a weight).
+
+A column's error reaches those of its *run* of :data:`RUN` columns at once, the others of its block when their run comes
+(or when their scales or masks are to be found), and the later blocks when the block is done. The last two are matrix
+products, of one job each; all else works on each element by itself, with operations that IEEE 754 defines to the last
+bit. So a job's result does not depend, by a single bit, on the jobs beside it.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
+from compression.factor import Factor, factor_of
 from compression.matrix import Quantized
 from compression.methods.base import InputStatistics
+from compression.methods.gptq import GroupScales, Rounder
+from compression.methods.selection import pattern_of, pattern_remedy
+from compression.methods.sparsegpt import keep_in_block, keep_in_pattern
 from compression.recipe import Pruning, Quantization
+
+BLOCK = 128
+"""Columns among which SparseGPT chooses (the paper's B_s), and after which the later ones are brought up to date."""
+RUN = 16
+"""Columns that see each other's errors at once."""
+ROWS = 8192
+"""Rows side by side at most, unless a single job has more: what a few columns of them need stays in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class ColumnJob:
     """One matrix under one recipe: at least one of ``prune`` and ``quantize`` is given.
 
-    ``weight`` [out, in] float32. ``mask`` [out, in] bool is what another method has pruned already, and is kept.
+    ``weight`` [out, in] float32 (or float64, which is then solved in float64). ``mask`` [out, in] bool is what another
+    method has pruned already, and is kept; ``prune`` is None then.
     """
 
     name: str
@@ -26,13 +54,386 @@ class ColumnJob:
 
 @dataclass(frozen=True, eq=False)
 class ColumnResult:
-    """``weight`` [out, in] float32, zero where ``mask`` is False, and its codes where it was quantised."""
+    """What came out: codes where it was quantised, else weights; zero where ``mask`` [out, in] bool is False."""
 
-    weight: Tensor
+    pruned: Tensor | None
+    """[out, in] like the job's weight; None where it was quantised."""
     mask: Tensor | None
     quantized: Quantized | None
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights [out, in]."""
+        if self.quantized is not None:
+            return self.quantized.dense()
+        assert self.pruned is not None
+        return self.pruned
 
-def solve_columns(jobs: Sequence[ColumnJob], statistics: InputStatistics) -> list[ColumnResult]:
-    """One result per job, in one loop over the columns."""
-    raise AssertionError("no method is solved by columns yet")
+
+def solve_columns(jobs: Sequence[ColumnJob], statistics: InputStatistics, block: int = BLOCK) -> list[ColumnResult]:
+    """One result per job, each the same to the bit as if the job were alone.
+
+    Raises ``ValueError`` naming the linear layer for a recipe that does not fit the matrix, and for statistics that are
+    not finite or singular.
+    """
+    for job in jobs:
+        _check(job)
+    names = ", ".join(dict.fromkeys(job.name for job in jobs))
+    results: dict[int, ColumnResult] = {}
+    for places in _batches(jobs):
+        chosen = [jobs[place] for place in places]
+        factor = factor_of(statistics, _by_size(chosen[0]), chosen[0].weight.dtype, names)
+        results |= zip(places, _Loop(chosen, factor, block).solve(), strict=True)
+    return [results[place] for place in range(len(jobs))]
+
+
+def _check(job: ColumnJob) -> None:
+    assert job.prune or job.quantize, f"{job.name}: nothing to do"
+    assert job.prune is None or job.mask is None, f"{job.name}: pruned already"
+    columns = job.weight.shape[1]
+    group = job.quantize.group_size if job.quantize else None
+    if group and columns % group:
+        raise ValueError(
+            f"{job.name}: quantize.group_size {group} does not divide its {columns} columns: use a divisor of"
+            f" {columns}, or leave group_size out for one scale per output channel"
+        )
+    pattern = job.prune.pattern if job.prune else None
+    if pattern and columns % pattern_of(pattern)[1]:
+        raise ValueError(f"{job.name}: pattern {pattern} does not divide its {columns} columns: {pattern_remedy()}")
+    if pattern and _by_size(job):
+        raise ValueError(
+            f"{job.name}: pattern {pattern} is chosen among neighbouring columns, but quantize.act_order solves them"
+            " apart: set act_order to false, or prune by another method"
+        )
+
+
+def _by_size(job: ColumnJob) -> bool:
+    return job.quantize is not None and job.quantize.act_order
+
+
+def _batches(jobs: Sequence[ColumnJob]) -> Iterator[list[int]]:
+    """Places of jobs that can stand side by side: of the same order and kind of number, at most :data:`ROWS` rows."""
+    kinds: dict[tuple[bool, str], list[int]] = {}
+    for place, job in enumerate(jobs):
+        kinds.setdefault((_by_size(job), job.quantize.number if job.quantize else "int"), []).append(place)
+    for places in kinds.values():
+        batch: list[int] = []
+        rows = 0
+        for place in sorted(places, key=lambda place: _likeness(jobs[place])):
+            rows += len(jobs[place].weight)
+            if batch and rows > ROWS:
+                yield batch
+                batch, rows = [], len(jobs[place].weight)
+            batch.append(place)
+        yield batch
+
+
+def _likeness(job: ColumnJob) -> tuple[int, bool, str, tuple[int, int, bool]]:
+    """Sorts the rows: quantised only, quantised and pruned, pruned only; within these, like beside like."""
+    kind, pattern = _kind(job), _pattern(job)
+    return kind, (pattern == "") == (kind == 2), pattern, _levels(job)
+
+
+def _kind(job: ColumnJob) -> int:
+    return 2 if job.quantize is None else 1 if job.prune or job.mask is not None else 0
+
+
+def _levels(job: ColumnJob) -> tuple[int, int, bool]:
+    quantize = job.quantize
+    return (quantize.bits or 0, quantize.group_size or 0, quantize.symmetric) if quantize else (0, 0, True)
+
+
+def _pattern(job: ColumnJob) -> str:
+    return job.prune.pattern or "" if job.prune else ""
+
+
+@dataclass(eq=False)
+class _Segment:
+    """The rows of one job."""
+
+    job: ColumnJob
+    rows: slice
+    weights: Tensor
+    """[in, out] in the order of solving. Columns that are solved hold what came out: levels, or weights."""
+    mask: Tensor | None
+    """[in, out] bool in the order of solving; True where a weight stays, or nothing is chosen yet."""
+    errors: Tensor
+    """[block, out]: of the current block's columns, as far as ``noted``."""
+    seen: list[int]
+    """For every column of the block: how many of the block's columns have their errors in it."""
+    noted: int = 0
+    carried: int = 0
+    """Columns of the block whose errors have reached the later blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Patterned:
+    """Neighbouring segments that are pruned by the same n:m pattern."""
+
+    segments: Sequence[_Segment]
+    kept: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Grouped:
+    """Neighbouring segments that are quantised alike."""
+
+    segments: Sequence[_Segment]
+    scales: GroupScales
+
+
+class _Loop:
+    """The loop over the columns for one batch of jobs, sorted by :func:`_likeness`.
+
+    A block of columns of all rows is held at a time: its ``weights``, ``errors``, ``levels`` of the rows that are
+    quantised (they come first), and what to ``keep`` of those that are pruned (they come last): 1 or 0.
+    """
+
+    def __init__(self, jobs: Sequence[ColumnJob], factor: Factor, block: int) -> None:
+        like = jobs[0].weight
+        self.factor, self.columns = factor, like.shape[1]
+        self.block = min(block, self.columns)
+        self.start = self.stop = self.width = 0
+        self.segments = list(_segments(jobs, factor, self.block))
+        self.rows = self.segments[-1].rows.stop
+        self.quantized = sum(len(job.weight) for job in jobs if job.quantize)
+        self.unmasked = sum(len(job.weight) for job in jobs if _kind(job) == 0)
+        self.patterned = list(_patterned(self.segments))
+        self.grouped = list(_grouped(self.segments))
+        self.rounder = Rounder([run.scales for run in self.grouped], factor.order, self.block, like)
+        self.weights = like.new_zeros(self.block, self.rows)
+        self.errors = like.new_zeros(self.block, self.rows)
+        self.levels = like.new_zeros(self.block, self.quantized)
+        self.keep = like.new_ones(self.block, self.rows - self.unmasked)
+        self.solved = like.new_zeros(self.rows)
+        self.reach = like.new_zeros(RUN, self.rows)
+
+    def solve(self) -> list[ColumnResult]:
+        """One result per job."""
+        if self.factor.order is not None:
+            self._fit_beforehand()
+        for start in range(0, self.columns, self.block):
+            self._open(start, min(start + self.block, self.columns))
+            for first in range(0, self.width, RUN):
+                self._solve_run(first, min(first + RUN, self.width))
+            self._close()
+        return [
+            *(self._quantized(run, segment) for run in self.grouped for segment in run.segments),
+            *(self._pruned(segment) for segment in self.segments if segment.job.quantize is None),
+        ]
+
+    def _fit_beforehand(self) -> None:
+        """Find all scales from the weights as they are, in the matrix's own order of columns."""
+        for run in self.grouped:
+            extremes = [_extremes(segment.job, self.factor.dead, run.scales.group) for segment in run.segments]
+            low, high = (torch.cat(parts, 1) for parts in zip(*extremes, strict=True))
+            run.scales.fit(slice(None), low, high)
+
+    def _open(self, start: int, stop: int) -> None:
+        """Take up the block of columns from ``start`` to ``stop``, and choose what SparseGPT prunes anywhere in it."""
+        self.start, self.stop, self.width = start, stop, stop - start
+        for segment in self.segments:
+            segment.seen, segment.noted, segment.carried = [0] * self.width, 0, 0
+            weights, prune = segment.weights[start:stop], segment.job.prune
+            self.weights[: self.width, segment.rows] = weights
+            if segment.mask is not None:
+                if prune is not None and prune.pattern is None:
+                    segment.mask[start:stop] = keep_in_block(weights, self.factor.spread[start:stop], prune.sparsity)
+                self._keep([segment])[: self.width] = segment.mask[start:stop]
+        self.rounder.open(start, stop)
+
+    def _close(self) -> None:
+        """Put away what came out of the block, and bring the later ones up to date."""
+        for segment in self.segments:
+            self._carry(segment, self.width)
+            mine, solved = self.weights[: self.width, segment.rows], segment.weights[self.start : self.stop]
+            if segment.mask is not None:
+                segment.mask[self.start : self.stop] = self._keep([segment])[: self.width]
+            if segment.job.quantize is not None:
+                solved.copy_(self.levels[: self.width, segment.rows])
+            else:
+                torch.mul(mine, self._keep([segment])[: self.width], out=solved)
+
+    def _solve_run(self, first: int, last: int) -> None:
+        """Solve the columns from ``first`` to ``last`` of the block."""
+        for segment in self.segments:
+            self._settle(segment, first, last, first)
+        steps = self.factor.steps[self.start + first : self.start + last, self.start + first : self.start + last, None]
+        for column in range(first, last):
+            self._begin(column, last)
+            self._solve_column(column)
+            ahead = last - column - 1
+            if ahead:
+                reach = self.reach[:ahead]
+                torch.mul(steps[-ahead - 1, -ahead:], self.errors[column], out=reach)
+                self.weights[column + 1 : last].sub_(reach)
+
+    def _solve_column(self, column: int) -> None:
+        """Round and prune one column of the block, and note the errors."""
+        weights, quantized, unmasked = self.weights[column], self.quantized, self.unmasked
+        if quantized:
+            levels = self.levels[column]
+            self.rounder.round(column, weights[:quantized], levels)
+            if unmasked < quantized:
+                levels[unmasked:].mul_(self.keep[column, : quantized - unmasked])
+            self.rounder.values(column, levels, self.solved[:quantized])
+        if quantized < self.rows:
+            torch.mul(weights[quantized:], self.keep[column, quantized - unmasked :], out=self.solved[quantized:])
+        torch.sub(weights, self.solved, out=self.errors[column])
+
+    def _begin(self, column: int, last: int) -> None:
+        """See to the patterns and groups that begin at a column."""
+        for pattern in self.patterned:
+            if (self.start + column) % pattern.width == 0:
+                self._choose(pattern, column, last)
+        for group in self.grouped:
+            if (self.start + column) % group.scales.group == 0 and self.factor.order is None:
+                self._fit(group, column, last)
+
+    def _choose(self, run: _Patterned, column: int, last: int) -> None:
+        """Choose what an n:m pattern prunes of the m columns from ``column`` on."""
+        first, end = self.start + column, self.start + column + run.width
+        self._update(run.segments, column, last, column + run.width)
+        weights = self._ahead(run.segments, column, column + run.width)
+        self._mark(run.segments, column, keep_in_pattern(weights, self.factor.spread[first:end], run.kept))
+
+    def _mark(self, segments: Sequence[_Segment], column: int, mask: Tensor) -> None:
+        """Note the ``mask`` [m, rows] of the columns from ``column`` on, which may be of the next blocks."""
+        inside = min(len(mask), self.width - column)
+        self._keep(segments)[column : column + inside] = mask[:inside]
+        if inside < len(mask):
+            sizes = [len(segment.job.weight) for segment in segments]
+            for segment, part in zip(segments, mask[inside:].split(sizes, 1), strict=True):
+                assert segment.mask is not None
+                segment.mask[self.stop : self.stop + len(part)] = part
+
+    def _fit(self, run: _Grouped, column: int, last: int) -> None:
+        """Find the scales of the group that begins at ``column``, from what is not known to be pruned."""
+        self._update(run.segments, column, last, column + run.scales.group)
+        weights = self._ahead(run.segments, column, column + run.scales.group)
+        if run.segments[0].mask is not None:
+            weights = weights * self._known(run.segments, column, column + run.scales.group)
+        place = (self.start + column) // run.scales.group
+        run.scales.fit(place, weights.amin(0), weights.amax(0))
+        self.rounder.begin(run.scales, place)
+
+    def _update(self, segments: Sequence[_Segment], column: int, last: int, end: int) -> None:
+        """Let the errors so far reach the columns from ``column`` to ``end``, wherever these are."""
+        for segment in segments:
+            if end > last:
+                self._settle(segment, last, min(end, self.width), column)
+            if end > self.width:
+                self._carry(segment, column)
+
+    def _ahead(self, segments: Sequence[_Segment], column: int, end: int) -> Tensor:
+        """Weights [columns, rows] from ``column`` to ``end`` of the block, or beyond it."""
+        inside = self.weights[column : min(end, self.width), _rows(segments)]
+        if end <= self.width:
+            return inside
+        beyond = [segment.weights[self.stop : self.start + end] for segment in segments]
+        return torch.cat([inside, torch.cat(beyond, 1)])
+
+    def _known(self, segments: Sequence[_Segment], column: int, end: int) -> Tensor:
+        """The same of the masks: 0 where known to be pruned."""
+        inside = self._keep(segments)[column : min(end, self.width)]
+        if end <= self.width:
+            return inside
+        beyond = [segment.mask[self.stop : self.start + end] for segment in segments if segment.mask is not None]
+        return torch.cat([inside, torch.cat(beyond, 1).to(inside.dtype)])
+
+    def _keep(self, segments: Sequence[_Segment]) -> Tensor:
+        """Their part of what to keep."""
+        rows = _rows(segments)
+        return self.keep[:, rows.start - self.unmasked : rows.stop - self.unmasked]
+
+    def _settle(self, segment: _Segment, first: int, last: int, upto: int) -> None:
+        """Let the errors of the block's columns before ``upto`` reach those from ``first`` to ``last``."""
+        for seen, same in groupby(range(first, last), key=segment.seen.__getitem__):
+            if seen < upto:
+                columns = list(same)
+                begin, end = columns[0], columns[-1] + 1
+                steps = self.factor.steps[self.start + seen : self.start + upto, self.start + begin : self.start + end]
+                reach = steps.t() @ self._errors(segment, seen, upto)
+                self.weights[begin:end, segment.rows].sub_(reach)
+        segment.seen[first:last] = [upto] * (last - first)
+
+    def _carry(self, segment: _Segment, upto: int) -> None:
+        """Let the errors of the block's columns before ``upto`` reach the later blocks."""
+        done, segment.carried = segment.carried, upto
+        if done < upto and self.stop < self.columns:
+            steps = self.factor.steps[self.start + done : self.start + upto, self.stop :]
+            segment.weights[self.stop :].addmm_(steps.t(), self._errors(segment, done, upto), alpha=-1.0)
+
+    def _errors(self, segment: _Segment, first: int, last: int) -> Tensor:
+        # Laid out as if the job were alone: the last bits of a matrix product may depend on it.
+        if segment.noted < last:
+            segment.errors[segment.noted : last] = self.errors[segment.noted : last, segment.rows]
+            segment.noted = last
+        return segment.errors[first:last]
+
+    def _quantized(self, run: _Grouped, segment: _Segment) -> ColumnResult:
+        rows = slice(segment.rows.start - run.scales.rows.start, segment.rows.stop - run.scales.rows.start)
+        levels, scales, zeros = run.scales.levels, run.scales.scales[:, rows], run.scales.zeros[:, rows]
+        grouped = self._restored(segment.weights).view(len(scales), run.scales.group, -1)
+        codes = levels.codes(grouped, zeros[:, None]).view(segment.weights.shape).t().contiguous()
+        stored_zeros = None if levels.symmetric else zeros.t().contiguous().byte()
+        quantized = Quantized(codes, scales.t().contiguous(), stored_zeros, levels.bits, levels.number)
+        return ColumnResult(None, self._mask(segment), quantized)
+
+    def _pruned(self, segment: _Segment) -> ColumnResult:
+        return ColumnResult(self._restored(segment.weights).t().contiguous(), self._mask(segment), None)
+
+    def _mask(self, segment: _Segment) -> Tensor | None:
+        if segment.job.mask is not None or segment.mask is None:
+            return segment.job.mask
+        return self._restored(segment.mask).t().contiguous()
+
+    def _restored(self, solved: Tensor) -> Tensor:
+        """Columns [in, out] in the matrix's own order."""
+        order = self.factor.order
+        return solved if order is None else solved[order.argsort()]
+
+
+def _segments(jobs: Sequence[ColumnJob], factor: Factor, block: int) -> Iterator[_Segment]:
+    start = 0
+    for job in jobs:
+        weights, mask = job.weight.t().clone(memory_format=torch.contiguous_format), None
+        weights[factor.dead] = 0.0
+        if job.mask is not None:
+            mask = job.mask.t().contiguous()
+        elif job.prune is not None:
+            mask = torch.ones_like(weights, dtype=torch.bool)
+        if factor.order is not None:
+            weights, mask = weights[factor.order], mask if mask is None else mask[factor.order]
+        rows = slice(start, start + len(job.weight))
+        yield _Segment(job, rows, weights, mask, errors=torch.zeros_like(weights[:block]), seen=[])
+        start += len(job.weight)
+
+
+def _patterned(segments: Sequence[_Segment]) -> Iterator[_Patterned]:
+    for pattern, same in groupby(segments, key=lambda one: _pattern(one.job)):
+        if pattern:
+            yield _Patterned(list(same), *pattern_of(pattern))
+
+
+def _grouped(segments: Sequence[_Segment]) -> Iterator[_Grouped]:
+    for _, same in groupby(segments, key=lambda one: (_kind(one.job), _levels(one.job))):
+        run = list(same)
+        recipe = run[0].job.quantize
+        if recipe is not None:
+            columns = run[0].weights.shape[0]
+            yield _Grouped(run, GroupScales.empty(_rows(run), recipe, columns, run[0].weights))
+
+
+def _rows(segments: Sequence[_Segment]) -> slice:
+    return slice(segments[0].rows.start, segments[-1].rows.stop)
+
+
+def _extremes(job: ColumnJob, dead: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight [groups, out] of every group of columns."""
+    weights = job.weight.masked_fill(dead, 0.0)
+    if job.mask is not None:
+        weights = weights.masked_fill(~job.mask, 0.0)
+    grouped = weights.view(len(weights), -1, group)
+    return grouped.amin(2).t(), grouped.amax(2).t()

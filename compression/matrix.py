@@ -10,34 +10,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compression.config import Number
+from compression.levels import FP8_DTYPE
 from compression.packing import pack, packed_bytes, unpack
 from parallelism.options import Options
 
 STORED_DTYPE = torch.bfloat16
 """What is not quantised is stored in this type: norms, biases, and the weights of recipes without quantisation."""
-SCALE_DTYPE = torch.float16
-"""Scales are stored in this type, and codes are chosen for the scale as stored."""
 
 
 @dataclass(frozen=True)
 class Quantized:
     """Codes of one matrix [out, in], its columns in groups of equal size: weight = (code - zero) · scale.
 
-    ``codes`` [out, in] uint8 below 2^bits; ``scales`` [out, groups] in :data:`SCALE_DTYPE`; ``zeros`` [out, groups]
-    uint8 below 2^bits, or None for symmetric codes, whose zero is 2^(bits-1) everywhere.
+    ``codes`` [out, in] uint8 below 2^bits; ``scales`` [out, groups] of type :data:`compression.levels.SCALE_DTYPE`;
+    ``zeros`` [out, groups] uint8 below 2^bits, or None for symmetric codes, whose zero is 2^(bits-1) everywhere. With
+    ``number`` fp8 the codes are bytes of FP8 e4m3 and stand for weight = number · scale.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
+    number: Number = "int"
 
     def dense(self) -> Tensor:
         """The weights [out, in] float32 that the codes stand for."""
-        rows, groups = self.scales.shape
-        zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros[..., None].float()
-        levels = self.codes.view(rows, groups, -1).float() - zeros
-        return (levels * self.scales[..., None].float()).view(rows, -1)
+        grouped = self.codes.view(*self.scales.shape, -1)
+        if self.number == "fp8":
+            levels = grouped.view(FP8_DTYPE).float()
+        else:
+            zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros[..., None].float()
+            levels = grouped.float() - zeros
+        return (levels * self.scales[..., None].float()).view(self.codes.shape)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class CompressedMatrix:
 class Encoding(Options):
     """How one matrix lies in a compact file; the tensors are named ``NAME:values``, ``NAME:scales``, …
 
-    ``values`` are codes of ``bits`` bits packed without gaps, or numbers of :data:`STORED_DTYPE` where ``bits`` is 16.
+    ``values`` are codes of ``bits`` bits packed without gaps (bytes of FP8 e4m3 where ``number`` says so), or numbers
+    of :data:`STORED_DTYPE` where ``bits`` is 16.
     ``sparse``: values of kept weights only, in row-major order, and a ``mask`` of one bit per weight.
     """
 
@@ -71,6 +77,7 @@ class Encoding(Options):
     bits: int
     groups: int = 0
     symmetric: bool = True
+    number: Number = "int"
     sparse: bool = False
 
 
@@ -96,6 +103,7 @@ def encode(matrix: CompressedMatrix) -> tuple[Encoding, dict[str, Tensor]]:
         bits=bits,
         groups=0 if quantized is None else quantized.scales.shape[1],
         symmetric=quantized is None or quantized.zeros is None,
+        number="int" if quantized is None else quantized.number,
         sparse=mask is not None,
     )
     return encoding, tensors
@@ -113,11 +121,12 @@ def decode(encoding: Encoding, read: Callable[[str], Tensor]) -> CompressedMatri
     if not encoding.symmetric:
         zeros = unpack(read("zeros"), encoding.bits, scales.numel()).view(scales.shape)
     if mask is None:
-        return CompressedMatrix(None, quantized=Quantized(codes.view(rows, columns), scales, zeros, encoding.bits))
-    # A pruned weight's code is its group's zero, so that it is exactly zero.
-    filled = _zero_codes(encoding, zeros, codes.device)
-    filled[mask] = codes
-    return CompressedMatrix(mask, quantized=Quantized(filled, scales, zeros, encoding.bits))
+        filled = codes.view(rows, columns)
+    else:
+        # A pruned weight's code is its group's zero, so that it is exactly zero.
+        filled = _zero_codes(encoding, zeros, codes.device)
+        filled[mask] = codes
+    return CompressedMatrix(mask, quantized=Quantized(filled, scales, zeros, encoding.bits, encoding.number))
 
 
 def _smaller_sparse(mask: Tensor, bits: int) -> bool:
@@ -136,5 +145,6 @@ def _spread(values: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> Tens
 def _zero_codes(encoding: Encoding, zeros: Tensor | None, device: torch.device) -> Tensor:
     rows, columns = encoding.shape
     if zeros is None:
-        return torch.full((rows, columns), 2 ** (encoding.bits - 1), dtype=torch.uint8, device=device)
+        zero = 0 if encoding.number == "fp8" else 2 ** (encoding.bits - 1)
+        return torch.full((rows, columns), zero, dtype=torch.uint8, device=device)
     return zeros.repeat_interleave(columns // encoding.groups, dim=1)

@@ -35,11 +35,18 @@ PRUNING: dict[str, PruningEntry] = {
         needs_statistics=False,
         has_scope=True,
     ),
+    "wanda": PruningEntry("compression.config:PruneConfig", "compression.methods.wanda:prune"),
+    "sparsegpt": PruningEntry(
+        "compression.config:PruneConfig", "compression.methods.sparsegpt:keep_in_block", by_columns=True
+    ),
 }
 
 QUANTIZATION: dict[str, QuantizationEntry] = {
     "rtn": QuantizationEntry(
         "compression.config:QuantizeConfig", "compression.methods.rtn:quantize", needs_statistics=False
+    ),
+    "gptq": QuantizationEntry(
+        "compression.config:QuantizeConfig", "compression.methods.gptq:Rounder", by_columns=True, has_order=True
     ),
     "awq": QuantizationEntry(
         "compression.config:QuantizeConfig",

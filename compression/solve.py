@@ -222,7 +222,9 @@ def _solve_columns(cells: Sequence[_Cell], statistics: InputStatistics | None) -
     wanted = [ColumnJob(same[0].name, same[0].weight, same[0].mask, *_column_parts(same[0])) for same in jobs.values()]
     for result, same in zip(solve_columns(wanted, statistics), jobs.values(), strict=True):
         for cell in same:
-            cell.weight, cell.mask, cell.quantized = result.weight, result.mask, result.quantized
+            cell.mask, cell.quantized = result.mask, result.quantized
+            if result.quantized is None:
+                cell.weight = result.weight
 
 
 def _column_parts(cell: _Cell) -> tuple[Pruning | None, Quantization | None]:

@@ -1,11 +1,15 @@
 """How a matrix lies in a compact file, and that it comes back bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from compression.matrix import SCALE_DTYPE, CompressedMatrix, Quantized, decode, encode
+from compression.compact import CompactFile, CompactPart
+from compression.levels import SCALE_DTYPE, Levels
+from compression.matrix import CompressedMatrix, Encoding, Quantized, decode, encode
 from compression.methods.magnitude import prune
-from compression.methods.rtn import round_to_nearest
+from compression.methods.rtn import round_to_levels, round_to_nearest
 from compression.recipe import Pruning
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -18,7 +22,7 @@ def _mask(sparsity: float | None) -> torch.Tensor | None:
 @pytest.mark.parametrize("sparsity", [None, 0.3, 0.7])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 8])
-@pytest.mark.parametrize("bits", [8, 6, 4, 3])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_quantised_matrices_come_back(bits: int, group: int | None, symmetric: bool, sparsity: float | None) -> None:
     mask = _mask(sparsity)
     weight = WEIGHT if mask is None else torch.where(mask, WEIGHT, 0.0)
@@ -35,6 +39,26 @@ def test_quantised_matrices_come_back(bits: int, group: int | None, symmetric: b
         assert torch.equal(back.mask, mask)
     if mask is not None:
         assert (back.dense()[~mask] == 0.0).all()
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.05, 0.5])
+@pytest.mark.parametrize("group", [None, 8])
+def test_fp8_matrices_come_back(group: int | None, sparsity: float | None, tmp_path: Path) -> None:
+    mask = _mask(sparsity)
+    weight = WEIGHT if mask is None else torch.where(mask, WEIGHT, 0.0)
+    matrix = CompressedMatrix(mask, quantized=round_to_levels(weight, Levels(8, number="fp8"), group))
+    encoding, tensors = encode(matrix)
+    assert encoding.number == "fp8"
+    assert encoding.sparse == (sparsity == 0.5)
+    back = decode(Encoding.model_validate_json(encoding.model_dump_json(exclude_defaults=True)), tensors.__getitem__)
+    assert torch.equal(back.dense(), matrix.dense())
+    assert back.quantized is not None
+    assert matrix.quantized is not None
+    assert torch.equal(back.quantized.codes, matrix.quantized.codes)
+    part = CompactPart()
+    part.add_matrix("mlp.up.weight", matrix)
+    part.write(tmp_path / "part.safetensors")
+    assert torch.equal(CompactFile(tmp_path / "part.safetensors").tensor("mlp.up.weight"), matrix.dense())
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.03, 0.5])

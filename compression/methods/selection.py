@@ -1,0 +1,54 @@
+"""Which weights stay, given a score for each: the largest of a row, or n of every m neighbours."""
+
+import torch
+from torch import Tensor
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Mask [rows, columns] that drops the ``count`` smallest scores of every row; of equal ones the first go."""
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    mask = scores > threshold
+    if bool((mask.sum(1) == scores.shape[1] - count).all()):
+        return mask
+    ties = scores == threshold
+    dropped = count - (scores < threshold).sum(1, keepdim=True)
+    return mask | (ties & (ties.cumsum(1) > dropped))
+
+
+def keep_of_each(scores: Tensor, kept: int) -> Tensor:
+    """Mask [m, ...] that keeps the ``kept`` largest scores along the first dimension; of equal ones the first go.
+
+    By counting for every score which of the m go before it: for the small m of n:m patterns faster than sorting.
+    """
+    below = scores[:, None] < scores
+    earlier = torch.ones(below.shape[:2], dtype=torch.bool, device=scores.device).triu(1)
+    earlier = earlier.view(*earlier.shape, *[1] * (scores.ndim - 1))
+    # Of a pair the later one goes first only where it is smaller.
+    before = torch.where(earlier, below.transpose(0, 1).logical_not(), below)
+    return before.sum(0) >= len(scores) - kept
+
+
+def keep_pattern(scores: Tensor, pattern: str) -> Tensor:
+    """Mask [rows, columns] that keeps the n largest of every m neighbouring columns, ``pattern`` being ``n:m``.
+
+    Raises ``ValueError`` where m does not divide the columns.
+    """
+    kept, width = pattern_of(pattern)
+    rows, columns = scores.shape
+    if columns % width:
+        raise ValueError(f"prune.patterns {pattern}: {width} does not divide the {columns} columns; {pattern_remedy()}")
+    groups = scores.view(rows, columns // width, width)
+    return keep_of_each(groups.movedim(2, 0), kept).movedim(0, 2).reshape(rows, columns)
+
+
+def pattern_of(pattern: str) -> tuple[int, int]:
+    """The n and the m of ``n:m``."""
+    kept, _, width = pattern.partition(":")
+    return int(kept), int(width)
+
+
+def pattern_remedy() -> str:
+    """What a user can do about a pattern that does not fit."""
+    return "use an n:m whose m divides the columns, or a sparsity"
