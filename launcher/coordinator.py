@@ -17,12 +17,13 @@ from pathlib import Path
 from launcher.context import STOPPED, JobContext
 from launcher.control import Control, Stopped
 from launcher.journal import Journal, StaleEpochError
-from launcher.session import OWN, Room, own_servers, ray_session
+from launcher.policy import TEMPORARY_EXIT_CODE
+from launcher.session import OWN, RayStartError, Room, own_servers, ray_session
 from launcher.states import RESTING, JobState
 from launcher.system import NodeLostError, Nodes
 from launcher.workers import TRAIN
 
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE, EXIT_NODE_LOST = 0, 1, 3, 4, 75
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE = 0, 1, 3, 4
 
 Stage = Callable[[JobContext], None]
 """Does its part of a job, or finds it done. Raises ``ValueError`` for what the job's owner has to change."""
@@ -56,9 +57,9 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
             state, error = _work(job, stages)
             _write_servers(journal, options.address, "process_ended")
             _end(journal, state, error)
-    except (StaleEpochError, NodeLostError) as error:
+    except (StaleEpochError, RayStartError, NodeLostError) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return EXIT_STALE if isinstance(error, StaleEpochError) else EXIT_NODE_LOST
+        return EXIT_STALE if isinstance(error, StaleEpochError) else TEMPORARY_EXIT_CODE
     finally:
         if options.ray_dir is not None:
             shutil.rmtree(options.ray_dir, ignore_errors=True)

@@ -29,6 +29,12 @@ UNCOUNTED = frozenset({Cause.NODE_LOST, Cause.PREEMPTED, Cause.COORDINATOR_LOST}
 HOPELESS = frozenset({Cause.DIVERGED, Cause.USER_ERROR, Cause.FAULT})
 """Ends that the next try would meet again."""
 
+TEMPORARY_EXIT_CODE = 75
+"""``EX_TEMPFAIL``, of a coordinator: Ray did not start, or has lost the node; trying again may succeed."""
+
+MOST_FRUITLESS, MOST_TEMPORARY = 3, 6
+"""How often in a row a coordinator may end before it gets anywhere."""
+
 FAULTS_OF_CODE = (
     "AssertionError",
     "AttributeError",
@@ -142,17 +148,21 @@ class CoordinatorEnd:
     progressed: bool
 
 
-def after_coordinator_end(end: CoordinatorEnd, fruitless: int, most_fruitless: int = 3) -> Restart | GiveUp | None:
+def after_coordinator_end(end: CoordinatorEnd, fruitless: int) -> Restart | GiveUp | None:
     """What the dispatcher does when a coordinator has gone: nothing where it ended by itself.
 
     Losing a coordinator does not count against the job, but one that dies again and again before it achieves
-    anything (``fruitless`` times in a row so far) will not succeed the next time either.
+    anything (``fruitless`` times in a row so far) will not succeed the next time either. One that says so itself, as
+    Ray did not start, is given more time: the machine may be busy.
     """
+    temporary = end.exit_code == TEMPORARY_EXIT_CODE
     if end.released:
         return None
     count = 0 if end.progressed else fruitless + 1
-    if count > most_fruitless:
+    if count > (MOST_TEMPORARY if temporary else MOST_FRUITLESS):
         return GiveUp(f"the coordinator died {count} times without getting anywhere (exit code {end.exit_code})")
+    if temporary:
+        return Restart(after_seconds=min(30.0, 5.0 * 2.0 ** max(0, count - 1)), consecutive=count)
     return Restart(after_seconds=0.0 if count <= 1 else min(30.0, 2.0 ** (count - 2)), consecutive=count)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 import ray
 
 from launcher.environment import default_devices
+from launcher.policy import TEMPORARY_EXIT_CODE
 
 OWN = "own"
 """The address that stands for a cluster of the coordinator's own."""
@@ -25,8 +27,6 @@ LONGEST_TEMP_DIR = 30
 
 
 START_SECONDS = 180.0
-START_FAILED_EXIT_CODE = 75
-"""``EX_TEMPFAIL``: whoever started the coordinator tries again."""
 
 SERVERS = ("gcs_server", "raylet", "log_monitor.py", "monitor.py", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent")
 
@@ -45,9 +45,10 @@ class Room:
 def ray_session(address: str, devices: int | None, threads: int, temp_dir: Path | None) -> Iterator[Room]:
     """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs.
 
-    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores.
+    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores. Raises
+    :class:`RayStartError`.
     """
-    with _limited_to(START_SECONDS):
+    with _Start(START_SECONDS):
         if address == OWN:
             _start_own((devices or default_devices(threads)) * threads, temp_dir)
         else:
@@ -85,21 +86,31 @@ def own_servers() -> list[tuple[str, int]]:
     return servers
 
 
-@contextmanager
-def _limited_to(seconds: float) -> Iterator[None]:
-    """End this process when the block takes longer: a start of Ray that hangs cannot be called off otherwise."""
+class RayStartError(RuntimeError):
+    """Ray did not come up; on a machine that is busy it may the next time."""
 
-    def give_up() -> None:
-        print(f"Ray did not start within {seconds:g} s", file=sys.stderr, flush=True)
-        os._exit(START_FAILED_EXIT_CODE)
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+class _Start:
+    """A start of Ray: whatever it raises is a failed start, and one that hangs can only be ended with this process."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timer = threading.Timer(seconds, self._give_up)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if isinstance(error, Exception) and not isinstance(error, ValueError):
+            raise RayStartError(f"Ray did not start: {error}") from error
+
+    def _give_up(self) -> None:
+        print(f"Ray did not start within {self._seconds:g} s", file=sys.stderr, flush=True)
+        os._exit(TEMPORARY_EXIT_CODE)
 
 
 def _start_own(cpus: int, temp_dir: Path | None) -> None:

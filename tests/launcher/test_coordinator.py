@@ -141,7 +141,8 @@ def test_killed_ranks_and_coordinators_change_nothing_but_the_bill(
     candidate = result_document(journal)["candidates"][0]
     assert candidate["steps"] == 250
     view = journal.view()
-    assert view.epoch == 2
+    # More attempts than two where Ray did not start at once; they have no process group.
+    assert [gang.epoch for gang in view.candidate("a").gangs] == [1, 1, view.epoch]
     reasons = [restart["reason"] for restart in view.candidate("a").restarts]
     assert reasons == ["rank died", "coordinator lost"]
     for restart in view.candidate("a").restarts:
@@ -172,7 +173,7 @@ def test_a_coordinator_whose_node_is_lost_is_replaced(
     os.kill(running.pid("rank"), signal.SIGKILL)
     assert running.end() is JobState.SUCCEEDED
     assert _weights(journal) == _expected(150)
-    assert journal.view().epoch == 2
+    assert [gang.epoch for gang in journal.view().candidate("a").gangs] == [1, journal.view().epoch]
     assert "Ray has lost the node" in journal.log_path("coordinator").read_text()
 
 
