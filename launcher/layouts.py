@@ -240,7 +240,7 @@ def _fastest(case: Case, cluster: Cluster, layouts: Iterable[Layout]) -> Choice 
             break
         if best and layout.world_size >= best[1].layout.world_size:
             continue
-        memory = memory_per_rank(case.model, layout, training, case.sequence_length)
+        memory = memory_per_rank(case.model, layout, training, case.sequence_length, cluster.device_kind)
         if fits(memory, cluster):
             choice = Choice(layout, training, cost, memory)
             best = (best[0] if best else objective, choice)
@@ -284,7 +284,7 @@ def _objective(case: Case, layout: Layout, training: TrainingConfig, cost: StepC
 def too_large(case: Case, cluster: Cluster, layout: Layout | None, training: TrainingConfig) -> Problem:
     """The refusal of a model that does not fit at ``layout``, or, without one, at any; with what would work."""
     wanted = layout or _roomiest(case, cluster)
-    needed = memory_per_rank(case.model, wanted, training, case.sequence_length)
+    needed = memory_per_rank(case.model, wanted, training, case.sequence_length, cluster.device_kind)
     largest = max(needed.parts(), key=needed.parts().__getitem__).replace("_", " ")
     what = (
         f"{case.model.parameter_count():,} parameters need {gib(needed.total)} on every device at {wanted} (most for"
@@ -301,9 +301,8 @@ def _roomiest(case: Case, cluster: Cluster) -> Layout:
     """The layout whose ranks need least: the model divided as far as it can be."""
     flat = [layout for layout in _flat_layouts(case, cluster) if layout.data == 1]
     layouts = [_with(layout, pipeline=min(case.model.layers, cluster.devices // layout.tensor)) for layout in flat]
-    return min(
-        layouts, key=lambda layout: memory_per_rank(case.model, layout, case.training, case.sequence_length).total
-    )
+    length, kind = case.sequence_length, cluster.device_kind
+    return min(layouts, key=lambda layout: memory_per_rank(case.model, layout, case.training, length, kind).total)
 
 
 def _remedies(case: Case, cluster: Cluster, given: bool) -> str:

@@ -34,7 +34,7 @@ from parallelism.models.base import ModelConfig
 from parallelism.options import Options
 from parallelism.presets import ModelError, resolve_model
 from parallelism.registry import FAMILIES, load
-from parallelism.rules import FEWEST_STEPS, resolve_training
+from parallelism.rules import FEWEST_STEPS, DeviceKind, resolve_training
 from parallelism.training import CheckpointPolicy, TrainingConfig
 
 START_SECONDS = {"cpu": 5.0, "gpu": 20.0}
@@ -92,6 +92,7 @@ class SourcePlan(Options):
 class Plan(Options):
     """The whole job."""
 
+    device_kind: DeviceKind = "cpu"
     candidates: list[CandidatePlan]
     """Those that are trained."""
     sources: list[SourcePlan] = Field(default_factory=list)
@@ -155,6 +156,7 @@ def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int 
         raise SpecError(list(dict.fromkeys(problems)))
     data_bytes = data_disk_bytes(spec, text_bytes)
     return Plan(
+        device_kind=cluster.device_kind,
         candidates=candidates,
         sources=sources,
         variants=len(grid(spec.compression)) * len(spec.candidates),
@@ -258,7 +260,7 @@ def _at_layout(case: Case, layout: Layout, cluster: Cluster) -> Choice:
         problems += found
         if found:
             continue
-        memory = memory_per_rank(case.model, layout, training, case.sequence_length)
+        memory = memory_per_rank(case.model, layout, training, case.sequence_length, cluster.device_kind)
         smallest = min(smallest or (memory.total, training), (memory.total, training), key=lambda pair: pair[0])
         if fits(memory, cluster):
             cost = step_cost(case.model, layout, training, case.sequence_length, cluster)

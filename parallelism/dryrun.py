@@ -2,7 +2,7 @@
 
 One process plays all ranks in turn, on torch's fake process group; nothing is allocated, so that models of any size
 can be tried on any machine. ``python -m parallelism.dryrun`` reads ``{"model", "layout", "training",
-"sequence_length"}`` from standard input and prints a :class:`DryRun`, both as JSON.
+"sequence_length", "device_kind"}`` from standard input and prints a :class:`DryRun`, both as JSON.
 """
 
 import json
@@ -27,6 +27,7 @@ from parallelism.memory import memory_by_stage
 from parallelism.models.base import ModelConfig, ShardedFamily
 from parallelism.options import Options
 from parallelism.registry import FAMILIES, load
+from parallelism.rules import DeviceKind
 from parallelism.training import TrainingConfig
 
 
@@ -58,7 +59,9 @@ class DryRun(Options):
     """Weights of which a part is missing or held as an original twice."""
 
 
-def dry_run(config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int) -> DryRun:
+def dry_run(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind
+) -> DryRun:
     """Build the parts of ``config`` at ``layout``; ``training`` holds no ``auto``.
 
     The caller's process must not be in a process group. Raises ``ValueError`` or ``AssertionError`` of megatron-core
@@ -66,7 +69,7 @@ def dry_run(config: ModelConfig, layout: Layout, training: TrainingConfig, seque
     """
     replica = layout.model_copy(update={"data": 1})
     family: ShardedFamily = load(FAMILIES[config.family].sharded)
-    memory = [estimate.total for estimate in memory_by_stage(config, layout, training, sequence_length)]
+    memory = [estimate.total for estimate in memory_by_stage(config, layout, training, sequence_length, kind)]
     parts: list[RankPart] = []
     originals: dict[str, int] = {}
     shapes: dict[str, int] = {}
@@ -148,6 +151,7 @@ def main() -> int:
         Layout.model_validate(request["layout"]),
         TrainingConfig.model_validate(request["training"]),
         request["sequence_length"],
+        request["device_kind"],
     )
     print(result.model_dump_json())
     return 0 if result.ok else 1

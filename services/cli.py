@@ -127,7 +127,9 @@ def plan(
     made = plan_elsewhere(spec, named_cluster(on)) if on else make_request(spec, _home(home)).plan
     document = made.model_dump(mode="json")
     if dry:
-        document["dry_run"] = [dry_run(candidate, spec.data.sequence_length) for candidate in document["candidates"]]
+        document["dry_run"] = [
+            dry_run(candidate, spec.data.sequence_length, made.device_kind) for candidate in document["candidates"]
+        ]
     if as_json:
         _print_json(document)
     else:

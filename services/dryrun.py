@@ -13,13 +13,13 @@ class DryRunError(RuntimeError):
     """The parts could not be built."""
 
 
-def dry_run(candidate: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
+def dry_run(candidate: Mapping[str, Any], sequence_length: int, device_kind: str) -> dict[str, Any]:
     """Parameters and memory per rank of one candidate of a plan, and whether the parts add up to the model.
 
     Raises :class:`DryRunError` with the process's last words.
     """
     question = {name: candidate[name] for name in ("model", "layout", "training")}
-    question["sequence_length"] = sequence_length
+    question |= {"sequence_length": sequence_length, "device_kind": device_kind}
     ended = subprocess.run(
         [sys.executable, "-m", "parallelism.dryrun"],
         input=json.dumps(question),

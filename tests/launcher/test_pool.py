@@ -68,7 +68,7 @@ def test_a_killed_worker_costs_its_task_one_more_try(pool: Pool, journal: Journa
 
 def test_a_task_that_always_dies_is_given_up_by_name(pool: Pool, tmp_path: Path) -> None:
     task = Task("dies", f"{TOYS}:die_the_first_times", {"folder": str(tmp_path), "times": 9})
-    with pytest.raises(TaskFailed, match="dies: .* is gone; its last words are in"):
+    with pytest.raises(TaskFailed, match=r"dies: .* is gone; its last words are in"):
         pool.run([task], lambda *_: None)
 
 

@@ -23,6 +23,7 @@ def dry_run(model: dict[str, Any], **layout: Any) -> dict[str, Any]:
         "layout": Layout(**layout).model_dump(),
         "training": training,
         "sequence_length": 1024,
+        "device_kind": "gpu",
     }
     command = [sys.executable, "-W", "ignore", "-m", "parallelism.dryrun"]
     ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
