@@ -108,8 +108,6 @@ def check_task(task: TrainTask, world_size: int) -> None:
             "raise it or lower training.global_batch"
         )
     check_start(task.start, task.model, layout)
-    if layout.engine == "deepspeed" and training.prune is not None:
-        raise ValueError("training.prune: engine deepspeed does not prune; set layout.engine: megatron, or lean")
     _check_teacher(task)
     if task.budget.unit == "cost" and not task.price_per_device_hour:
         raise ValueError("budget.cost needs price_per_device_hour: give the price, or a budget in another unit")

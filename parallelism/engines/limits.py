@@ -38,6 +38,8 @@ def _check_lean(layout: Layout, training: TrainingConfig) -> None:
 def _check_deepspeed(layout: Layout, training: TrainingConfig) -> None:
     if layout.offload == "nvme":
         raise ValueError("layout.offload nvme: refused")
+    if training.prune is not None:
+        raise ValueError("training.prune: engine deepspeed does not prune; set layout.engine: megatron, or lean")
     if layout.offload != "none" and layout.zero_stage == 0:
         raise ValueError(
             f"layout.offload {layout.offload}: DeepSpeed moves what ZeRO has partitioned; set layout.zero_stage: 1, 2 "
