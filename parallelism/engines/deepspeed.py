@@ -1,7 +1,7 @@
-"""Engine ``deepspeed``: tensor parallelism by megatron-core × ZeRO 1, 2 or 3 by DeepSpeed, with offload to the host.
+"""Engine ``deepspeed``: tensor parallelism by megatron-core × ZeRO 1, 2 or 3 by DeepSpeed, with offload.
 
-This is the only file that knows DeepSpeed. It reaches into its optimizers' partitions, because the checkpoint is our
-own: what a rank holds of a parameter is written from there and loaded into it, without gathering.
+Only this file and :mod:`parallelism.engines.nvme` know DeepSpeed. They reach into its optimizers' partitions, because
+the checkpoint is our own: what a rank holds of a parameter is written from there and loaded into it, without gathering.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from parallelism import device
-from parallelism.engines import limits, single_stage, state
+from parallelism.engines import limits, nvme, single_stage, state
 from parallelism.engines.base import StepResult
+from parallelism.layout import Layout
 from parallelism.models.base import Batch, ModelConfig, ShardedFamily
 from parallelism.registry import FAMILIES, load
 from parallelism.training import TrainingConfig, TrainTask
@@ -69,12 +70,18 @@ class DeepSpeedEngine:
         for parameter in self._module.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(_sum_over_tensor_ranks)
-        self._engine, self._optimizer, _, _ = _import_deepspeed().initialize(
+        deepspeed = import_deepspeed()
+        self._directory = _swap_directory(self._module, task.layout) if task.layout.offload == "nvme" else None
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
             optimizer=_adamw(self._module, task.training),
             mpu=_TensorParallelUnit,
-            config=_deepspeed_config(task),
+            config=_deepspeed_config(task, self._directory),
         )
+        self._swapped: nvme.SwappedState | None = None
+        if self._directory is not None:
+            path = self._directory.path
+            self._swapped = nvme.on_all_ranks(lambda: nvme.SwappedState(self._optimizer, path, _moments))
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over this data rank's micro-batches; see :class:`parallelism.engines.base.Engine`."""
@@ -117,6 +124,8 @@ class DeepSpeedEngine:
     def sharded_state(self) -> list[ShardedTensor]:
         """Pieces that alias this rank's weights and optimizer; see :class:`parallelism.engines.base.Engine`."""
         stage = self.layout.zero_stage
+        if self._swapped is not None:
+            self._swapped.refresh()
         pieces = [] if stage == 3 else state.model_pieces(state.stored_parameters([self._module]))
         if stage == 0:
             pieces += [piece for part in self._parts() for piece in self._pieces_of(part, sharded=False)]
@@ -142,6 +151,8 @@ class DeepSpeedEngine:
         for part in self._parts():
             if self.training.precision == "fp32":
                 part.main.copy_(part.weights)
+        if self._swapped is not None:
+            self._swapped.write_back()
         for adam in _inner(self._optimizer).state.values():
             adam["step"].fill_(step)
         self._engine.global_steps = step
@@ -156,7 +167,7 @@ class DeepSpeedEngine:
         if self.layout.zero_stage == 0:
             return _parts_of_whole(self._module, self._optimizer)
         if self.layout.zero_stage == 3:
-            return _parts_of_zero3(self._optimizer, self.data_rank)
+            return _parts_of_zero3(self._optimizer, self.data_rank, self._swapped.copy if self._swapped else {})
         return _parts_of_flat_groups(self._optimizer, self.data_rank)
 
 
@@ -174,7 +185,15 @@ class _TensorParallelUnit:
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
 
 
-def _import_deepspeed() -> Any:
+def _swap_directory(module: Module, layout: Layout) -> nvme.SwapDirectory:
+    """Where this rank's optimizer state goes; see :func:`parallelism.engines.nvme.prepare`. Collective."""
+    assert layout.offload_dir
+    sizes = [math.ceil(parameter.numel() / layout.data) for parameter in module.parameters()]
+    swapped = [size for size in sizes if size >= nvme.SMALLEST_ELEMENTS]
+    return nvme.prepare(layout.offload_dir, sum(swapped), max(sizes))
+
+
+def import_deepspeed() -> Any:
     """DeepSpeed, told what it otherwise guesses from the machine; it reads the environment when it is imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_cuda() else "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
@@ -200,7 +219,7 @@ def _adamw(module: Module, training: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=training.epsilon, fused=True)
 
 
-def _deepspeed_config(task: TrainTask) -> dict[str, Any]:
+def _deepspeed_config(task: TrainTask, swap: nvme.SwapDirectory | None) -> dict[str, Any]:
     layout, training = task.layout, task.training
     assert isinstance(training.micro_batch, int)
     assert isinstance(training.global_batch, int)
@@ -211,25 +230,28 @@ def _deepspeed_config(task: TrainTask) -> dict[str, Any]:
         "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": _zero_config(layout.zero_stage, layout.offload),
+        "zero_optimization": _zero_config(layout, swap),
+        **({"aio": nvme.OPERATOR} if swap is not None else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on the host, and needs no compiler
         "steps_per_print": None,
     }
 
 
-def _zero_config(stage: int, offload: str) -> dict[str, Any]:
+def _zero_config(layout: Layout, swap: nvme.SwapDirectory | None) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "stage": stage,
+        "stage": layout.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "overlap_comm": device.has_cuda(),
     }
-    if offload == "cpu":
-        target = {"device": "cpu", "pin_memory": device.has_cuda()}
-        config["offload_optimizer"] = target
-        if stage == 3:
-            config["offload_param"] = target
+    if layout.offload != "none":
+        on_host = {"device": "cpu", "pin_memory": device.has_cuda()}
+        config["offload_optimizer"] = nvme.settings(swap.path) if swap is not None else on_host
+        if layout.zero_stage == 3:
+            config["offload_param"] = on_host
+            # A disk needs it; without one it makes the same sums in the same order, so that the bits are the same.
+            config["sub_group_size"] = nvme.SUB_GROUP_ELEMENTS
     return config
 
 
@@ -286,16 +308,20 @@ def _parts_of_flat_groups(optimizer: Any, data_rank: int) -> Iterator[_Part]:
             begin += parameter.numel()
 
 
-def _parts_of_zero3(optimizer: Any, data_rank: int) -> Iterator[_Part]:
-    """ZeRO-3 gives each data rank an equal part of every parameter, the last of them padded."""
-    for parameters, main in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        average, square = _moments(optimizer.optimizer, main)
+def _parts_of_zero3(optimizer: Any, data_rank: int, swapped: Mapping[int, tuple[Tensor, ...]]) -> Iterator[_Part]:
+    """ZeRO-3 gives each data rank an equal part of every parameter, the last of them padded.
+
+    ``swapped`` holds copies of the main weights and moments of the sub-groups that lie on a disk.
+    """
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        main = optimizer.fp32_partitioned_groups_flat[index]
+        held = swapped.get(index) or (main.detach(), *_moments(optimizer.optimizer, main))
         low = 0
         for parameter in parameters:
             size = parameter.partition_numel()
             start = data_rank * size
-            held_size = max(0, min(size, parameter.ds_numel - start))
-            if held_size:
-                held = (tensor.detach()[low : low + held_size] for tensor in (main, average, square))
-                yield _Part(parameter, start, parameter.ds_tensor.detach()[:held_size], *held)
+            real = max(0, min(size, parameter.ds_numel - start))
+            if real:
+                part = (tensor[low : low + real] for tensor in held)
+                yield _Part(parameter, start, parameter.ds_tensor.detach()[:real], *part)
             low += size

@@ -36,8 +36,11 @@ def _check_lean(layout: Layout, training: TrainingConfig) -> None:
 
 
 def _check_deepspeed(layout: Layout, training: TrainingConfig) -> None:
-    if layout.offload == "nvme":
-        raise ValueError("layout.offload nvme: refused")
+    if layout.offload == "nvme" and layout.zero_stage != 3:
+        raise ValueError(
+            f"layout.zero_stage {layout.zero_stage}: DeepSpeed keeps the optimizer on a disk with ZeRO-3 only; set "
+            "layout.zero_stage: 3, or layout.offload: cpu"
+        )
     if training.prune is not None:
         raise ValueError("training.prune: engine deepspeed does not prune; set layout.engine: megatron, or lean")
     if layout.offload != "none" and layout.zero_stage == 0:

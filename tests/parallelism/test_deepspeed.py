@@ -15,6 +15,8 @@ from tests.ranks import run_ranks
 STEPS = 20
 FIRST_STEP, LAST_STEP, NORM = 5e-6, 5e-5, 5e-5
 """Largest differences of losses and gradient norms from one process."""
+LAST_STEP_BF16, NORM_BF16 = 1.5e-3, 2e-2
+"""The same in bfloat16, where the order of a sum shows in the third digit; the first step is as near as in float32."""
 
 UNEVEN = {"style": "gpt2", "hidden": 35, "heads": 5, "kv_heads": 5, "ffn_hidden": 45}
 """Sizes of parameters that two data ranks cannot share evenly."""
@@ -36,38 +38,65 @@ def train_all(tasks: list[TrainTask]) -> list[tuple[list[float], list[float], fl
     return results
 
 
+STAGES = (1, 2, 3)
 PARITY = {
-    **{f"zero-{stage} data": deepspeed_task(data=2, zero_stage=stage) for stage in (0, 1, 2, 3)},
-    **{f"zero-{stage} tensor": deepspeed_task(tensor=2, zero_stage=stage) for stage in (1, 3)},
-    **{f"zero-{stage} offload": deepspeed_task(data=2, zero_stage=stage, offload="cpu") for stage in (1, 2, 3)},
+    "zero-0 data": deepspeed_task(data=2),
+    **{f"zero-{stage} data": deepspeed_task(data=2, zero_stage=stage) for stage in STAGES},
+    **{f"zero-{stage} tensor": deepspeed_task(tensor=2, zero_stage=stage) for stage in STAGES},
+    **{f"zero-{stage} offload": deepspeed_task(data=2, zero_stage=stage, offload="cpu") for stage in STAGES},
+    "zero-2 tensor offload": deepspeed_task(tensor=2, zero_stage=2, offload="cpu"),
     "zero-2 sequence": deepspeed_task(tensor=2, sequence_parallel=True, zero_stage=2),
     "zero-3 recompute": deepspeed_task({"recompute": True}, data=2, zero_stage=3),
+}
+BF16 = {"precision": "bf16"}
+PARITY_BF16 = {
+    **{f"zero-{stage} data": deepspeed_task(BF16, data=2, zero_stage=stage) for stage in STAGES},
+    "zero-2 tensor": deepspeed_task(BF16, tensor=2, zero_stage=2),
+    "zero-3 offload": deepspeed_task(BF16, data=2, zero_stage=3, offload="cpu"),
 }
 
 
 @pytest.fixture(scope="module")
-def one_process() -> tuple[list[float], list[float], float]:
-    ((result,),) = run_ranks(train_all, 1, [small_task()])
-    return result
+def one_process() -> list[tuple[list[float], list[float], float]]:
+    """In float32 and in bfloat16."""
+    (results,) = run_ranks(train_all, 1, [small_task(), small_task(training=BF16)])
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[tuple[list[float], list[float], float]]]:
-    return run_ranks(train_all, 2, list(PARITY.values()))
+    return run_ranks(train_all, 2, [*PARITY.values(), *PARITY_BF16.values()], timeout=600)
+
+
+def of_both_ranks(index: int, two_ranks: Any) -> tuple[list[float], list[float], float]:
+    first, second = (results[index] for results in two_ranks)
+    assert first == second, "all ranks report the same numbers"
+    return first
 
 
 @pytest.mark.parametrize("case", PARITY)
 def test_losses_and_norms_equal_those_of_one_process(case: str, one_process: Any, two_ranks: Any) -> None:
-    losses, norms, validation = one_process
+    losses, norms, validation = one_process[0]
     assert sum(norm > 1.0 for norm in norms) > STEPS // 2, "clipping must be at work"
     assert losses[-1] < losses[0] - 0.5
-    first, second = (results[list(PARITY).index(case)] for results in two_ranks)
-    assert first == second, "all ranks report the same numbers"
-    found_losses, found_norms, found_validation = first
+    found_losses, found_norms, found_validation = of_both_ranks(list(PARITY).index(case), two_ranks)
     assert found_losses[0] == pytest.approx(losses[0], abs=FIRST_STEP)
     assert found_losses == pytest.approx(losses, abs=LAST_STEP)
     assert found_norms == pytest.approx(norms, abs=NORM)
     assert found_validation == pytest.approx(validation, abs=LAST_STEP)
+
+
+@pytest.mark.parametrize("case", PARITY_BF16)
+def test_losses_and_norms_in_bfloat16_are_near_those_of_one_process(
+    case: str, one_process: Any, two_ranks: Any
+) -> None:
+    losses, norms, validation = one_process[1]
+    index = len(PARITY) + list(PARITY_BF16).index(case)
+    found_losses, found_norms, found_validation = of_both_ranks(index, two_ranks)
+    assert found_losses[0] == pytest.approx(losses[0], abs=FIRST_STEP)
+    assert found_losses == pytest.approx(losses, abs=LAST_STEP_BF16)
+    assert found_norms == pytest.approx(norms, abs=NORM_BF16)
+    assert found_validation == pytest.approx(validation, abs=LAST_STEP_BF16)
 
 
 def digest(engine: Any) -> str:
@@ -82,20 +111,20 @@ def digest(engine: Any) -> str:
 
 
 def stop_and_resume(tasks: list[TrainTask], directory: Path) -> list[dict[str, Any]]:
-    """Three steps, checkpoint, three steps; then the same from the checkpoint in an engine with another seed."""
+    """Two steps, checkpoint, two steps; then the same from the checkpoint in an engine with another seed."""
     from parallelism import checkpoint
     from parallelism.budget import Progress
 
     results = []
     for index, task in enumerate(tasks):
         engine = make_engine(task)
-        train(engine, task, 0, 3)
-        checkpoint.save(engine, Progress(step=3), directory / str(index))
-        expected = train(engine, task, 3, 6)
+        train(engine, task, 0, 2)
+        checkpoint.save(engine, Progress(step=2), directory / str(index))
+        expected = train(engine, task, 2, 4)
         weights = digest(engine)
         engine = make_engine(task.model_copy(update={"seed": task.seed + 1}))
         progress = checkpoint.load(engine, directory / str(index))
-        found = train(engine, task, progress.step, 6)
+        found = train(engine, task, progress.step, 4)
         results.append({"expected": expected, "found": found, "same_state": digest(engine) == weights})
     return results
 
@@ -104,9 +133,12 @@ def resumed_layouts(precision: str) -> dict[str, TrainTask]:
     uneven, even = {**UNEVEN, "dropout": 0.1}, {"dropout": 0.1}
     training = {"precision": precision}
     tasks = {
-        **{f"zero-{stage} data": deepspeed_task(training, uneven, data=2, zero_stage=stage) for stage in (1, 2, 3)},
-        **{f"zero-{stage} tensor": deepspeed_task(training, even, tensor=2, zero_stage=stage) for stage in (1, 3)},
-        "zero-3 offload": deepspeed_task(training, uneven, data=2, zero_stage=3, offload="cpu"),
+        **{f"zero-{stage} data": deepspeed_task(training, uneven, data=2, zero_stage=stage) for stage in STAGES},
+        **{f"zero-{stage} tensor": deepspeed_task(training, even, tensor=2, zero_stage=stage) for stage in STAGES},
+        **{
+            f"zero-{stage} offload": deepspeed_task(training, uneven, data=2, zero_stage=stage, offload="cpu")
+            for stage in STAGES
+        },
     }
     if precision == "fp32":
         tasks["zero-0 data"] = deepspeed_task(training, uneven, data=2)
@@ -165,7 +197,7 @@ def test_other_engines_and_stages_continue_what_deepspeed_began(tmp_path: Path) 
     ("layout", "training", "message"),
     [
         ({"offload": "cpu"}, {}, r"layout\.offload cpu.*zero_stage: 1"),
-        ({"offload": "nvme", "offload_dir": "x", "zero_stage": 3}, {}, r"layout\.offload nvme"),
+        ({"offload": "nvme", "offload_dir": "x", "zero_stage": 2}, {}, r"layout\.zero_stage 2.*disk.*offload: cpu"),
         ({}, {"precision": "bf16"}, r"layout\.zero_stage 0.*zero_stage: 1"),
         ({"data": 3, "zero_stage": 1}, {"micro_batch": 4}, r"training\.global_batch 8.*global_batch: 12"),
     ],
