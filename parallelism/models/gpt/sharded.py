@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from parallelism.device import device, has_cuda
+from parallelism.device import has_cuda
 from parallelism.layout import Layout, stage_layers
 from parallelism.models.base import Batch
 from parallelism.models.gpt.attention import CausalAttention
@@ -88,8 +88,10 @@ def build(
         rotary_base=config.rope_base,
         vp_stage=chunk,
     )
-    # megatron-core makes its own weights where they belong; norms and positions start as float32 on the CPU.
-    return model.to(device=device(), dtype=megatron.params_dtype)
+    # megatron-core makes its matrices where they belong (or on "meta", to be looked at only), word embeddings first;
+    # norms and positions start as float32 on the CPU.
+    place = next(parameter.device for parameter in model.parameters() if parameter.ndim == 2)
+    return model.to(device=place, dtype=megatron.params_dtype)
 
 
 def collate(rows: np.ndarray) -> Batch:
