@@ -5,9 +5,13 @@ from collections.abc import Iterable, Mapping
 from compression.recipe import Recipe
 from compression.reduced import anatomy, reduced_config
 from compression.registry import QUANTIZATION
+from compression.results import ExportFormat
 from compression.sizes import check_target
 from parallelism.models.base import ModelConfig
 from parallelism.models.gpt.config import GPTConfig
+
+CONV1D = "compressed-tensors holds nn.Linear only, and GPT-2's layers in Transformers are Conv1D"
+"""Why GPT-2 cannot be exported with its codes."""
 
 
 def check_recipes(config: ModelConfig, recipes: Iterable[Recipe]) -> None:
@@ -49,8 +53,8 @@ def check_names(recipes: Iterable[Recipe]) -> None:
         raise ValueError(f"the grid holds {', '.join(twice)} twice: name every method and strength once")
 
 
-def check_exportable(config: ModelConfig) -> None:
-    """Raise ``ValueError`` for a model that Hugging Face Transformers has no class for."""
+def check_exportable(config: ModelConfig, export_format: ExportFormat = "auto") -> None:
+    """Raise ``ValueError`` for a model that Hugging Face Transformers has no class for, or not in this format."""
     if not isinstance(config, GPTConfig):
         raise ValueError(f"export: models of family {config.family} cannot be exported: set export.variants to none")
     if config.style == "gpt2" and (
@@ -61,3 +65,16 @@ def check_exportable(config: ModelConfig) -> None:
             f" channels, not kv_heads {config.query_groups} and head_dim {config.channels}: leave kv_heads and head_dim"
             " out, use style llama, or set export.variants to none"
         )
+    if config.style == "gpt2" and export_format == "compressed-tensors":
+        raise ValueError(f"export: {CONV1D}: set export.format to auto or safetensors")
+
+
+def check_exports(config: ModelConfig, recipes: Iterable[Recipe], export_format: ExportFormat) -> None:
+    """The same for every model that the recipes leave."""
+    check_exportable(config, export_format)
+    for recipe in recipes:
+        if recipe.structure is not None:
+            try:
+                check_exportable(reduced_config(config, recipe.structure), export_format)
+            except ValueError as error:
+                raise ValueError(f"recipe {recipe.name}: {error}, or leave structure.heads out") from None

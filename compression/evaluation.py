@@ -96,6 +96,18 @@ def tally(
     return totals
 
 
+def logits(model: Weights, tokens: Tensor, *, round_activations: bool = True) -> Tensor:
+    """Logits [n, S, vocab_size] float32 of a few sequences [n, S], computed as :func:`tally` does.
+
+    Without ``round_activations`` the inputs of linear layers are exact, whatever the recipe says.
+    """
+    with torch.inference_mode():
+        hidden, observer = _embed(model, tokens), _observer(model) if round_activations else None
+        for index in range(model.config.layers):
+            _advance(model, index, hidden, observer)
+        return plain_family(model.config).logits(model.config, model.outer(), hidden)
+
+
 def held_out_sequences(text: TokenBatches, tokens: int) -> int:
     """Sequences that ``tokens`` tokens of held-out text are measured on: whole ones, at least one, none twice."""
     return min(max(1, tokens // text.sequence_length), text.samples_per_epoch)

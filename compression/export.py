@@ -1,14 +1,16 @@
 """A variant as a directory that Hugging Face Transformers (and what reads its format) loads.
 
-Weights are streamed: one layer is held at a time. The directory appears by a rename, whole or not at all. Weights of
-recipes without quantisation are bfloat16, as in the compact file; quantised weights are written dequantised in float32,
-so that they are exactly what was measured.
+Weights are streamed: one layer is held at a time. The directory appears by a rename, whole or not at all. Quantised
+variants of Llama style are written in the formats of compressed-tensors, everything else dense. Dense weights of
+recipes without quantisation are bfloat16, as in the compact file; what is quantised there and dense here (embeddings
+always) is written dequantised in float32, so that it is exactly what was measured.
 """
 
 import json
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,22 @@ import torch
 from torch import Tensor
 
 from compression.card import model_card
+from compression.checks import CONV1D, check_exportable
 from compression.compact import CompactFile
 from compression.container import TensorSpec, sha256, write
-from compression.huggingface import layer_tensors, outer_tensors
+from compression.huggingface import layer_tensors, linear_module, outer_tensors
 from compression.huggingface_config import config_json
-from compression.matrix import STORED_DTYPE
-from compression.recipe import Recipe
-from compression.results import ExportResult, Quality
+from compression.matrix import STORED_DTYPE, Encoding
+from compression.quantized_format import quantization_config, stored_format, stored_specs, stored_tensors
+from compression.results import ExportFormat, ExportResult, Quality
 from parallelism.data.prepared import TOKENIZER, PreparedData
 from parallelism.models.gpt.config import GPTConfig
 
-FORMAT = "safetensors"
+DENSE = "safetensors"
 SHARD_BYTES = 5_000_000_000
+UNQUANTIZED_BITS = 16
+COMPACT = "espalier/compact.safetensors"
+"""A sparse variant's compact file, in a folder of its own: engines load all safetensors files beside the config."""
 
 
 def export(
@@ -35,47 +41,49 @@ def export(
     directory: str,
     data_dir: str,
     *,
+    format: ExportFormat = "auto",
     quality: Quality | None = None,
     lineage: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportResult:
     """Write the variant (path of its compact file) into ``directory``, replacing what is there.
 
-    ``data_dir`` gives the tokenizer. ``quality`` and ``lineage`` (facts such as job and candidate) go into the model
-    card. Raises ``ValueError`` where Transformers has no such model or the compact file is damaged.
+    ``format``: ``safetensors`` is dense, ``auto`` writes what is quantised in compressed-tensors where that loads (the
+    result says why, where it does not), ``compressed-tensors`` insists on it. ``data_dir`` gives the tokenizer.
+    ``quality`` and ``lineage`` (facts such as job and candidate) go into the model card. Raises ``ValueError`` where
+    Transformers has no such model or the compact file is damaged.
     """
     file, data = CompactFile(variant), PreparedData.load(data_dir)
-    config = file.config
-    dtype = export_dtype(file.recipe)
-    document = config_json(gpt_config(file), str(dtype).removeprefix("torch."), data.end_of_document_id)
+    plan = _plan(file, format)
+    document = config_json(gpt_config(file), plan.dtype, data.end_of_document_id) | plan.config
+    facts = _facts(file, quality, lineage or {}) | {"format": plan.format, "note": plan.note}
     target = Path(directory)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     try:
-        _write_weights(file, draft, dtype, shard_bytes)
+        if file.recipe.prune:
+            facts["mask"] = _mask_facts(file)
+            facts["compact_file"] = _copy_compact(file, draft)
+        _write_weights(file, plan, draft, shard_bytes, facts)
         weight_files = sorted(draft.glob("*.safetensors"))
         result = ExportResult(
             name=file.recipe.name,
+            variant=variant,
             directory=str(target),
-            format=FORMAT,
-            dtype=document["dtype"],
+            format=plan.format,
+            note=plan.note,
+            dtype=plan.dtype,
             parameters=file.parameters,
             export_bytes=sum(path.stat().st_size for path in weight_files),
             checksums={path.name: sha256(path) for path in weight_files},
         )
-        facts = _facts(file, quality, lineage or {})
         _write_json(draft / "config.json", document | {"espalier": facts})
-        _write_tokenizer(draft, data, config.context)
+        _write_tokenizer(draft, data, file.config.context)
         (draft / "README.md").write_text(model_card(result, facts), encoding="utf-8")
         _replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return result
-
-
-def export_dtype(recipe: Recipe) -> torch.dtype:
-    """The type that holds the variant's weights exactly."""
-    return torch.float32 if recipe.quantize or recipe.embedding_bits != 16 else STORED_DTYPE
 
 
 def gpt_config(file: CompactFile) -> GPTConfig:
@@ -86,13 +94,88 @@ def gpt_config(file: CompactFile) -> GPTConfig:
     return config
 
 
-def _write_weights(file: CompactFile, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    parts = _Parts(file, dtype)
+@dataclass(frozen=True)
+class _Quantized:
+    """A matrix that is written with its codes."""
+
+    module: str
+    encoding: Encoding
+    layout: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a variant is written."""
+
+    format: str
+    dtype: str
+    """What engines compute in unless told otherwise; it holds every value exactly."""
+    note: str | None
+    """Why a quantised variant is written dense."""
+    matrices: Mapping[str, _Quantized]
+    """By canonical name; empty for a dense file."""
+    config: dict[str, Any]
+    """What is added to ``config.json``."""
+
+
+def _plan(file: CompactFile, wanted: ExportFormat) -> _Plan:
+    quantize = file.recipe.quantize
+    if quantize is None or wanted == "safetensors":
+        return _dense(file, None)
+    check_exportable(file.config, wanted)
+    if gpt_config(file).style != "llama":
+        return _dense(file, f"{CONV1D}: written dense, dequantised")
+    matrices = _matrices(file, quantize.activation_bits)
+    encodings = {one.module: one.encoding for one in matrices.values()}
+    layouts = {one.module: one.layout for one in matrices.values()}
+    document = quantization_config(encodings, layouts, _ignored(file, matrices), quantize)
+    return _Plan(document["format"], "float32", None, matrices, {"quantization_config": document})
+
+
+def _dense(file: CompactFile, note: str | None) -> _Plan:
+    quantized = any(encoding.bits != UNQUANTIZED_BITS for encoding in file.encodings.values())
+    dtype = torch.float32 if quantized else STORED_DTYPE
+    return _Plan(DENSE, str(dtype).removeprefix("torch."), note, {}, {})
+
+
+def _matrices(file: CompactFile, activation_bits: int) -> dict[str, _Quantized]:
+    """Every quantised linear layer of the layers; embeddings and output layer are left to be dequantised."""
+    modules = {
+        name: module for name, module in _linear_modules(file).items() if file.encodings[name].bits != UNQUANTIZED_BITS
+    }
+    mixed = len({file.encodings[name].bits for name in modules}) > 1
+    return {
+        name: _Quantized(module, file.encodings[name], stored_format(file.encodings[name], activation_bits, mixed))
+        for name, module in modules.items()
+    }
+
+
+def _ignored(file: CompactFile, matrices: Mapping[str, _Quantized]) -> list[str]:
+    return [module for name, module in _linear_modules(file).items() if name not in matrices]
+
+
+def _linear_modules(file: CompactFile) -> dict[str, str]:
+    """Canonical name of a layer's matrix → module."""
+    config = gpt_config(file)
+    modules = {}
+    for index in range(config.layers):
+        for linear in config.linear_shapes():
+            module = linear_module(config, index, linear)
+            assert module is not None, f"{linear} is no module of its own"
+            modules[f"layers.{index}.{linear}.weight"] = module
+    return modules
+
+
+def _write_weights(file: CompactFile, plan: _Plan, directory: Path, shard_bytes: int, facts: Mapping[str, Any]) -> None:
+    parts = _Parts(file, plan)
     shards = _shards(parts.specs, shard_bytes)
+    metadata = {"format": "pt"}
+    if "mask" in facts:
+        metadata["espalier"] = json.dumps({"variant": facts["variant"], "mask": facts["mask"]})
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write(directory / name, {key: parts.specs[key] for key in names}, parts.read, {"format": "pt"})
+        write(directory / name, {key: parts.specs[key] for key in names}, parts.read, metadata)
         weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:
         total = sum(spec.bytes for spec in parts.specs.values())
@@ -103,16 +186,14 @@ def _write_weights(file: CompactFile, directory: Path, dtype: torch.dtype, shard
 class _Parts:
     """The exported tensors by name, made a layer at a time; the last layer is kept."""
 
-    def __init__(self, file: CompactFile, dtype: torch.dtype) -> None:
-        self._file, self._config, self._dtype = file, gpt_config(file), dtype
+    def __init__(self, file: CompactFile, plan: _Plan) -> None:
+        self._file, self._config, self._plan = file, gpt_config(file), plan
         self._owner: dict[str, int | None] = {}
         self.specs: dict[str, TensorSpec] = {}
-        # Names and shapes come from the same mapping as the weights, on tensors without data.
-        empty = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
         for index in (None, *range(self._config.layers)):
-            exported = self._exported(index, _part(empty, index))
-            self._owner |= dict.fromkeys(exported, index)
-            self.specs |= {name: TensorSpec(dtype, tuple(tensor.shape)) for name, tensor in exported.items()}
+            specs = self._specs(index)
+            self._owner |= dict.fromkeys(specs, index)
+            self.specs |= specs
         self._current: int | None = -1
         self._tensors: dict[str, Tensor] = {}
 
@@ -121,22 +202,54 @@ class _Parts:
         index = self._owner[name]
         if index != self._current:
             self._tensors = {}
-            self._tensors = self._exported(index, self._file.outer() if index is None else self._file.layer(index))
+            self._tensors = self._made(index)
             self._current = index
-        return self._tensors[name].to(self._dtype)
+        return self._tensors[name].to(self.specs[name].dtype)
 
-    def _exported(self, index: int | None, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _specs(self, index: int | None) -> dict[str, TensorSpec]:
+        # Names and shapes come from the same mapping as the weights, on tensors without data.
+        empty = {
+            name: torch.empty(self._file.shapes[name], device="meta", dtype=self._dense_dtype(name))
+            for name in self._names(index)
+            if name not in self._plan.matrices
+        }
+        specs = {name: TensorSpec.of(tensor) for name, tensor in self._arranged(index, empty).items()}
+        for one in self._quantized(index).values():
+            stored = stored_specs(one.encoding, one.layout)
+            specs |= {f"{one.module}.{suffix}": spec for suffix, spec in stored.items()}
+        return specs
+
+    def _made(self, index: int | None) -> dict[str, Tensor]:
+        dense = {name: self._file.tensor(name) for name in self._names(index) if name not in self._plan.matrices}
+        tensors = self._arranged(index, dense)
+        for name, one in self._quantized(index).items():
+            matrix = self._file.matrix(name).quantized
+            assert matrix is not None, f"{name} is not quantised"
+            stored = stored_tensors(matrix, one.layout)
+            tensors |= {f"{one.module}.{suffix}": tensor for suffix, tensor in stored.items()}
+        return tensors
+
+    def _names(self, index: int | None) -> list[str]:
+        """Canonical names of what belongs to one layer, or (None) to no layer."""
+        if index is None:
+            return [name for name in self._file.shapes if not name.startswith("layers.")]
+        return [name for name in self._file.shapes if name.startswith(f"layers.{index}.")]
+
+    def _quantized(self, index: int | None) -> dict[str, _Quantized]:
+        return {name: self._plan.matrices[name] for name in self._names(index) if name in self._plan.matrices}
+
+    def _arranged(self, index: int | None, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if index is None:
             return outer_tensors(self._config, weights)
-        return layer_tensors(self._config, index, weights)
+        prefix = f"layers.{index}."
+        return layer_tensors(self._config, index, {name.removeprefix(prefix): w for name, w in weights.items()})
 
-
-def _part(tensors: Mapping[str, Tensor], index: int | None) -> dict[str, Tensor]:
-    """What belongs to one layer, its prefix left off, or (None) to no layer."""
-    if index is None:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
-    prefix = f"layers.{index}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    def _dense_dtype(self, name: str) -> torch.dtype:
+        """A dense file is of one type; beside codes, each tensor is of the smallest type that holds it exactly."""
+        if not self._plan.matrices:
+            return getattr(torch, self._plan.dtype)
+        encoding = self._file.encodings.get(name)
+        return torch.float32 if encoding and encoding.bits != UNQUANTIZED_BITS else STORED_DTYPE
 
 
 def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
@@ -150,6 +263,31 @@ def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]
         shards[-1].append(name)
         filled += specs[name].bytes
     return shards
+
+
+def _mask_facts(file: CompactFile) -> dict[str, Any]:
+    """What is known of a sparse variant's zeros; ``zeros_by_layer`` is their share of each layer's linear weights."""
+    prune = file.recipe.prune
+    assert prune is not None
+    return {
+        "sparsity": file.facts["sparsity"],
+        "pattern": prune.pattern or "unstructured",
+        "zeros_by_layer": [_zeros(file, index) for index in range(file.config.layers)],
+    }
+
+
+def _zeros(file: CompactFile, index: int) -> float:
+    matrices = [weight for weight in file.layer(index).values() if weight.ndim == 2]
+    zeros = sum(int((weight == 0).sum()) for weight in matrices)
+    return zeros / sum(weight.numel() for weight in matrices)
+
+
+def _copy_compact(file: CompactFile, directory: Path) -> dict[str, Any]:
+    """Put the compact file beside a sparse export, whose own files do not get smaller by zeros."""
+    copy = directory / COMPACT
+    copy.parent.mkdir()
+    shutil.copyfile(file.file.path, copy)
+    return {"path": COMPACT, "bytes": file.file.bytes, "sha256": sha256(copy)}
 
 
 def _write_tokenizer(directory: Path, data: PreparedData, context: int) -> None:

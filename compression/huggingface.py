@@ -64,9 +64,11 @@ _LAYERS = {"llama": "layers", "gpt2": "h"}
 
 
 def layer_tensors(config: GPTConfig, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One layer by canonical name → by the name and in the arrangement of Transformers."""
+    """What is given of one layer, by canonical name → by the name and in the arrangement of Transformers."""
     tensors: dict[str, Tensor] = {}
     for row, part, name in _rows(config, index):
+        if f"{row.ours[0]}.{part}" not in weights:
+            continue
         stacked = [weights[f"{one}.{part}"] for one in row.ours]
         whole = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
         tensors[name] = whole.t() if row.transposed else whole

@@ -1,11 +1,14 @@
 """What compression tasks return. Torch-free and JSON-able: these cross process borders and lie in journals."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compression.recipe import Recipe
 from parallelism.options import Options
+
+ExportFormat = Literal["auto", "compressed-tensors", "safetensors"]
+"""What exports of quantised variants hold: codes, or dequantised weights; auto: codes where that can be loaded."""
 
 
 class MatrixFacts(Options):
@@ -90,11 +93,17 @@ class Quality(Options):
 
 
 class ExportResult(Options):
-    """A variant as a Hugging Face directory. ``export_bytes`` counts its weight files, ``checksums`` are SHA-256."""
+    """A variant as a Hugging Face directory. ``export_bytes`` counts its weight files, ``checksums`` are SHA-256.
+
+    ``format`` is ``safetensors`` (dense) or one of compressed-tensors; ``note`` says why a quantised variant is dense.
+    ``variant`` is the path of the compact file that it was made of.
+    """
 
     name: str
+    variant: str
     directory: str
     format: str
+    note: str | None = None
     dtype: str
     parameters: PositiveInt
     export_bytes: PositiveInt
@@ -102,10 +111,16 @@ class ExportResult(Options):
 
 
 class Verification(Options):
-    """An export, loaded again by other software in a fresh process and measured."""
+    """An export, loaded again by other software in a fresh process and measured.
+
+    ``reader`` is ``transformers``, or ``streaming`` where the model does not fit the memory at once.
+    ``logit_difference`` is the largest difference from our own evaluation of the compact file, over a few sequences and
+    without rounding activations, relative to the largest logit.
+    """
 
     name: str
     reader: str
+    logit_difference: float
     claimed_loss: float
     measured_loss: float
     tokens: PositiveInt

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from compression.config import CompressionConfig
+from compression.results import ExportFormat
 from launcher.problems import Problem, SpecError, of_validation, of_yaml
 from parallelism.budget import Budget
 from parallelism.data.config import DataConfig
@@ -61,7 +62,9 @@ class ExportConfig(Options):
     """Which variants are written in a format that other software loads."""
 
     variants: Literal["frontier", "all", "none"] = "frontier"
-    format: Literal["safetensors"] = "safetensors"
+    format: ExportFormat = Field(
+        default="auto", description="compressed-tensors: quantised variants with their codes; auto: where that loads"
+    )
 
 
 class ExecutionConfig(Options):

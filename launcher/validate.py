@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from compression.checks import check_exportable
+from compression.checks import check_exports
+from compression.recipe import grid
 from launcher.backends.base import BACKENDS
 from launcher.cluster import Cluster
 from launcher.layouts import gib
@@ -152,7 +153,7 @@ def _compression_problems(spec: JobSpec, index: int, model: ModelConfig) -> Iter
         )
     if spec.export.variants != "none":
         try:
-            check_exportable(model)
+            check_exports(model, grid(spec.compression), spec.export.format)
         except ValueError as error:
             yield Problem(f"candidates.{index}.model", None, str(error), "")
 

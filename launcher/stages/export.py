@@ -65,6 +65,7 @@ def _export_task(job: JobContext, variant: Variant) -> Task:
         "variant": variant.path,
         "directory": str(_directory(job, variant)),
         "data_dir": str(job.journal.data_dir),
+        "format": job.spec.export.format,
         "quality": measured_qualities(job, variant.candidate)[variant.recipe.name],
         "lineage": {"job": job.journal.job_id, "candidate": variant.candidate},
     }
