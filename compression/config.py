@@ -128,6 +128,7 @@ class RecoverConfig(Options):
     quantization_aware: bool = Field(
         default=False, description="compute with rounded weights while training (straight-through)"
     )
+    learning_rate_fraction: float = Field(default=0.3, gt=0.0, le=1.0, description="of the candidate's learning rate")
     recipes: list[str] | Literal["all"] = Field(default="all", description="names of recipes that are recovered")
 
 

@@ -20,6 +20,9 @@ from compression.config import (
 from compression.registry import PRUNING, QUANTIZATION
 from parallelism.options import Options
 
+KEEP_ZEROS, NEAREST = "zeros", "rtn"
+"""Methods that a recovered model is compressed with."""
+
 
 class Structure(Options):
     """What a recipe removes whole, before anything else: fractions of key/value heads, neurons and layers."""
@@ -107,6 +110,9 @@ class Recipe(Options):
     quantize: Quantization | None = None
     embedding_bits: EmbeddingBits = 16
     recovered: bool = False
+    """Finetuned after it was pruned; what is left of it is quantised then."""
+    quantization_aware: bool = False
+    """Of a recovered recipe: the finetuning computed with rounded weights."""
 
     @property
     def name(self) -> str:
@@ -115,8 +121,32 @@ class Recipe(Options):
         return ("+".join(parts) or "dense") + ("-recovered" if self.recovered else "")
 
     @property
+    def start(self) -> "Recipe":
+        """The recipe whose variant a recovered one is finetuned from: itself, neither quantised nor recovered."""
+        unquantized = {"quantize": None, "embedding_bits": 16}
+        return self.model_copy(update=unquantized | {"recovered": False, "quantization_aware": False})
+
+    @property
+    def as_solved(self) -> "Recipe":
+        """What is done to the model at hand; of a recovered recipe, what is left to do to the finetuned model.
+
+        That one's zeros stay, and it is quantised. Weights that were trained as rounded to nearest are rounded to
+        nearest.
+        """
+        if not self.recovered:
+            return self
+        prune, quantize = self.prune, self.quantize
+        if prune is not None:
+            prune = Pruning(method=KEEP_ZEROS, sparsity=prune.sparsity)
+        if quantize is not None and self.quantization_aware:
+            quantize = quantize.model_copy(update={"method": NEAREST, "act_order": False})
+        return self.model_copy(update={"structure": None, "prune": prune, "quantize": quantize, "recovered": False})
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether it cannot be carried out without the statistics of the layers' inputs."""
+        if self.recovered:
+            return self.as_solved.needs_statistics
         by_activations = self.structure is not None or (self.prune and self.prune.allocation == "sensitivity")
         prunes = self.prune is not None and PRUNING[self.prune.method].needs_statistics
         rounds = self.quantize is not None and QUANTIZATION[self.quantize.method].needs_statistics
@@ -133,6 +163,8 @@ class Recipe(Options):
     @property
     def allocated(self) -> bool:
         """Whether layers have to be looked at together before any of them is compressed."""
+        if self.recovered:
+            return False  # strengths are those of the recipe that it was before
         layers = self.structure is not None and self.structure.layers > 0.0
         return layers or any(part.allocated for part in (self.prune, self.quantize) if part)
 
@@ -178,7 +210,12 @@ def grid(config: CompressionConfig | None) -> list[Recipe]:
             for start in starts
             for one in quantizations
         ]
-    return recipes + [recipe.model_copy(update={"recovered": True}) for recipe in recipes if _recovers(config, recipe)]
+    return recipes + [_recovered(config, recipe) for recipe in recipes if _recovers(config, recipe)]
+
+
+def _recovered(config: CompressionConfig, recipe: Recipe) -> Recipe:
+    aware = config.recover is not None and config.recover.quantization_aware and recipe.quantize is not None
+    return recipe.model_copy(update={"recovered": True, "quantization_aware": aware})
 
 
 def _recovers(config: CompressionConfig, recipe: Recipe) -> bool:

@@ -36,6 +36,7 @@ PRUNING: dict[str, PruningEntry] = {
         has_scope=True,
     ),
     "wanda": PruningEntry("compression.config:PruneConfig", "compression.methods.wanda:prune"),
+    "zeros": PruningEntry("compression.config:PruneConfig", "compression.methods.zeros:prune", needs_statistics=False),
     "sparsegpt": PruningEntry(
         "compression.config:PruneConfig", "compression.methods.sparsegpt:keep_in_block", by_columns=True
     ),

@@ -69,7 +69,7 @@ def advance(
     before = _reached(files)
     shape = tuple(np.load(before, mmap_mode="r").shape)
     with torch.inference_mode():
-        outputs = pass_through(reduced_config(config, recipe.structure), weights, before, None)
+        outputs = pass_through(reduced_config(config, recipe.as_solved.structure), weights, before, None)
         write_states(files.hidden(layer + 1, SHARD), shape, outputs)
     before.unlink(missing_ok=True)
 

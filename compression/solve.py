@@ -72,6 +72,8 @@ def solve_layer(
     Raises ``ValueError`` naming the linear layer where a method cannot work with its statistics.
     """
     solved: list[Solved | None] = [None] * len(recipes)
+    strengths = {recipe.as_solved.name: (strengths or {}).get(recipe.name, {}) for recipe in recipes}
+    recipes = [recipe.as_solved for recipe in recipes]
     bases: dict[tuple[Structure | None, str | None], list[int]] = {}
     for place, recipe in enumerate(recipes):
         rescaler = QUANTIZATION[recipe.quantize.method].rescaler if recipe.quantize else None
@@ -80,7 +82,7 @@ def solve_layer(
     for places in bases.values():
         chosen = [recipes[place] for place in places]
         base = _base(config, weights, statistics, chosen[0])
-        for place, result in zip(places, _solve_base(base, chosen, strengths or {}), strict=True):
+        for place, result in zip(places, _solve_base(base, chosen, strengths), strict=True):
             solved[place] = result
     assert all(result is not None for result in solved)
     return [result for result in solved if result is not None]

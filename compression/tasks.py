@@ -94,7 +94,7 @@ def compress_layer(
     inputs = _inputs(source, recipes, text if needs_text else None, allocations)
 
     def solve() -> list[_Part]:
-        check_recipes(model.config, recipes)
+        check_recipes(model.config, [recipe.as_solved for recipe in recipes])
         tensors, statistics = _read_layer(source, layer, out, text if needs_text else None, place)
         assert statistics or not needs_text, "some recipe needs statistics, and there is no text"
         solved = solve_layer(model.config, tensors, recipes, statistics, strengths_of(allocations, layer))
@@ -132,7 +132,7 @@ def compress_next(
     solved: list[Solved] = []
 
     def solve() -> list[_Part]:
-        check_recipes(model.config, [recipe])
+        check_recipes(model.config, [recipe.as_solved])
         check_finite(weights.layer(layer), f"layer {layer}, ")
         strengths = strengths_of(allocations, layer)
         start = RecipeStart(weights.config, lambda: _outer_file(out, recipe, place).outer())
@@ -238,7 +238,7 @@ def assemble(
     """
     workspace, model = Workspace(out), read_source(source)
     places = Workspace(chain_directory(out, recipe)) if sequential else workspace
-    config, layers = reduced_config(model.config, recipe.structure), _layers_left(model.config, removed)
+    config, layers = reduced_config(model.config, recipe.as_solved.structure), _layers_left(model.config, removed)
     assert config.layers == len(layers), f"{recipe.name} leaves {config.layers} layers, not {len(layers)}"
     results = [workspace.require(None), *(places.require(index) for index in layers)]
     if len({result.inputs for result in results[1:]}) > 1:

@@ -291,9 +291,11 @@ def needs_calibration(compression: CompressionConfig) -> bool:
 
 
 def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Budget:
-    """The budget less the reserve for calibration."""
+    """The budget less the reserves for calibration and recovery."""
+    recover = spec.compression.recover
+    fraction = recover.budget_fraction if recover else 0.0
     if not needs_calibration(spec.compression):
-        return spec.training_budget
+        return spec.training_budget.share(1.0 - fraction) if fraction else spec.training_budget
     sequences, length = spec.compression.calibration.sequences, spec.data.sequence_length
     flops = calibration_flops(model, length, sequences)
     seconds = flops / (cluster.peak_flops * EFFICIENCY[cluster.device_kind])
@@ -305,7 +307,7 @@ def _training_budget(spec: JobSpec, model: ModelConfig, cluster: Cluster) -> Bud
         "cost": seconds / 3600.0 * spec.execution.price_per_device_hour,
     }[spec.training_budget.unit]
     try:
-        return training_share(spec.training_budget, reserve)
+        return training_share(spec.training_budget, reserve, fraction)
     except ValueError as error:
         raise SpecError([Problem("model", None, str(error), "")]) from error
 

@@ -2,18 +2,20 @@
 
 import time
 
-from compression.results import Quality, Variant
+from compression.results import Quality, Variant, VariantFile
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
 from launcher.pool import Task
-from launcher.stages.compress import Dense, compressed, dense_candidates, variant_files
+from launcher.stages.compress import compressed, dense_candidates, variant_files
+from launcher.stages.recover import recovered_files
+from launcher.stages.work import Dense
 
 STAGE = "evaluate"
 
 
 def evaluate(job: JobContext) -> None:
     """Measure all variants that have not been measured."""
-    inputs = {candidate.name: _inputs(job, candidate) for candidate in dense_candidates(job)}
+    inputs = {candidate.candidate: _inputs(job, candidate) for candidate in dense_candidates(job)}
     open_names = [name for name, value in inputs.items() if not job.journal.stage_done(f"{STAGE}/{name}", value)]
     if not open_names:
         return
@@ -32,13 +34,13 @@ def evaluate(job: JobContext) -> None:
             job.journal.commit_stage(f"{STAGE}/{name}", inputs[name], outputs, time.monotonic() - started)
 
         job.pool.run(
-            [_task(job, candidate) for candidate in dense_candidates(job) if candidate.name in open_names], done
+            [_task(job, candidate) for candidate in dense_candidates(job) if candidate.candidate in open_names], done
         )
 
 
 def measured_variants(job: JobContext) -> list[Variant]:
     """All variants of all candidates."""
-    records = [job.journal.stage(f"{STAGE}/{candidate.name}") for candidate in dense_candidates(job)]
+    records = [job.journal.stage(f"{STAGE}/{candidate.candidate}") for candidate in dense_candidates(job)]
     return [Variant.model_validate(row) for record in records if record for row in record.outputs["variants"]]
 
 
@@ -60,16 +62,22 @@ def text_arguments(job: JobContext) -> dict[str, object]:
 
 
 def _inputs(job: JobContext, candidate: Dense) -> str:
-    return hash_inputs(STAGE, compressed(job, candidate).inputs_hash, job.spec.evaluation.model_dump(mode="json"))
+    recovered = [file.model_dump(mode="json") for file in recovered_files(job, candidate)]
+    evaluation = job.spec.evaluation.model_dump(mode="json")
+    return hash_inputs(STAGE, compressed(job, candidate).inputs_hash, recovered, evaluation)
+
+
+def _files(job: JobContext, candidate: Dense) -> list[VariantFile]:
+    return [*variant_files(compressed(job, candidate)), *recovered_files(job, candidate)]
 
 
 def _task(job: JobContext, candidate: Dense) -> Task:
-    paths = [file.path for file in variant_files(compressed(job, candidate))]
+    paths = [file.path for file in _files(job, candidate)]
     arguments = {"variants": paths, **text_arguments(job)}
-    return Task(f"{STAGE}/{candidate.name}", "compression.tasks:evaluate", arguments, candidate.name)
+    return Task(f"{STAGE}/{candidate.candidate}", "compression.tasks:evaluate", arguments, candidate.candidate)
 
 
 def _measured(job: JobContext, name: str, qualities: list[Quality]) -> list[Variant]:
-    candidate = next(candidate for candidate in dense_candidates(job) if candidate.name == name)
-    files = variant_files(compressed(job, candidate))
+    candidate = next(candidate for candidate in dense_candidates(job) if candidate.candidate == name)
+    files = _files(job, candidate)
     return [Variant.measured(name, file, quality) for file, quality in zip(files, qualities, strict=True)]

@@ -6,7 +6,8 @@ from launcher.stages.evaluate import evaluate
 from launcher.stages.export import export, verify
 from launcher.stages.planning import plan
 from launcher.stages.prepare import prepare
+from launcher.stages.recover import recover
 from launcher.stages.report import report
 from launcher.stages.train import train
 
-STAGES: tuple[Stage, ...] = (prepare, plan, train, compress, evaluate, export, verify, report)
+STAGES: tuple[Stage, ...] = (prepare, plan, train, compress, recover, evaluate, export, verify, report)

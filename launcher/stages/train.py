@@ -1,5 +1,6 @@
 """The candidates' training: what each process group has to do, and when a candidate counts as trained. Torch-free."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from launcher.stages.planning import candidate_plans
 from launcher.stages.prepare import STAGE as PREPARE
 from launcher.stages.training import failures, train_candidates
 from launcher.workers import GroupShape
-from parallelism.budget import Burnt
+from parallelism.budget import Budget, Burnt
 from parallelism.checkpoint_store import CheckpointInfo
-from parallelism.training import TrainTask
+from parallelism.layout import Layout
+from parallelism.models.base import ModelConfig
+from parallelism.start import StartPoint
+from parallelism.training import TrainingConfig, TrainTask
 
 STAGE = "train"
 
@@ -22,7 +26,11 @@ def train(job: JobContext) -> None:
     """Train all candidates that are not trained. Raises ``ValueError`` when not a single one could be."""
     plans = candidate_plans(job)
     inputs = {plan.name: _inputs(job, plan) for plan in plans}
-    runs = [_run(job, plan) for plan in plans if not job.journal.stage_done(_stage(plan.name), inputs[plan.name])]
+    runs = [
+        candidate_run(job, RunPlan.of(plan))
+        for plan in plans
+        if not job.journal.stage_done(_stage(plan.name), inputs[plan.name])
+    ]
 
     def trained(run: CandidateRun) -> None:
         assert run.result is not None
@@ -58,7 +66,25 @@ def _inputs(job: JobContext, plan: CandidatePlan) -> str:
     )
 
 
-def _run(job: JobContext, plan: CandidatePlan) -> CandidateRun:
+@dataclass(frozen=True)
+class RunPlan:
+    """What is trained, how, and for how much; ``start``: with which weights, instead of random ones."""
+
+    name: str
+    model: ModelConfig
+    layout: Layout
+    training: TrainingConfig
+    budget: Budget
+    start: StartPoint | None = None
+
+    @classmethod
+    def of(cls, plan: CandidatePlan) -> "RunPlan":
+        """The plan of a candidate."""
+        return cls(plan.name, plan.model, plan.layout, plan.training, plan.budget)
+
+
+def candidate_run(job: JobContext, plan: RunPlan) -> CandidateRun:
+    """The process groups that carry out a plan, one after another."""
     execution = job.spec.execution
     return CandidateRun(
         job.journal,
@@ -72,9 +98,9 @@ def _run(job: JobContext, plan: CandidatePlan) -> CandidateRun:
 
 
 def training_task(
-    job: JobContext, plan: CandidatePlan, root: Path, resumed: CheckpointInfo | None, burnt: Burnt
+    job: JobContext, plan: RunPlan, root: Path, resumed: CheckpointInfo | None, burnt: Burnt
 ) -> TrainTask:
-    """What one process group of a candidate does: go on from ``resumed``, writing checkpoints under ``root``."""
+    """What one process group does: go on from ``resumed``, writing checkpoints under ``root``."""
     spec = job.spec
     return TrainTask(
         name=plan.name,
@@ -93,6 +119,7 @@ def training_task(
         burnt_wall_seconds=burnt.wall_seconds,
         price_per_device_hour=spec.execution.price_per_device_hour,
         evaluation_tokens=spec.evaluation.tokens,
+        start=plan.start,
         threads_per_rank=job.room.threads,
         stall_seconds=spec.execution.stall_seconds,
     )
