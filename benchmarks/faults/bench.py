@@ -4,7 +4,7 @@ A small GPT, tensor parallel on two ranks, is trained through the real coordinat
 once with a rank killed twelve times, once with the coordinator killed three times, and once with a coordinator that is
 stopped, replaced and woken up. Kills are SIGKILL at chosen points (``tests/launcher/faults.py``): between steps, within
 steps, while a checkpoint's data is written, and between its data and its manifest. Every run has to end with the same
-bits, the same progress and no process left behind; exit code 1 when one does not. Takes about 5 minutes on two cores.
+bits, the same progress and no process left behind; exit code 1 when one does not. Takes 8 to 12 minutes on two cores.
 
     python benchmarks/faults/bench.py [--json FILE] [--seed 1] [--runs ranks coordinator zombie]
 """
@@ -43,6 +43,8 @@ MARK = "ESPALIER_FAULT_CAMPAIGN"
 CANDIDATE = "a"
 STEPS, BATCH, LENGTH, EVERY = 72, 8, 64, 4
 PACE_SECONDS = 0.25
+LEAST_DEVICE_SECONDS = 2 * STEPS * PACE_SECONDS
+"""What the undisturbed steps of two ranks take at least; their start comes on top, as slow as the machine is busy."""
 MODEL = {"family": "gpt", "layers": 4, "hidden": 128, "heads": 4, "dropout": 0.1}
 PROGRESS = ("steps", "tokens", "flops", "train_loss", "validation_loss")
 LIMIT_SECONDS = 600.0
@@ -229,7 +231,7 @@ def checks(run: dict[str, Any], calm: dict[str, Any]) -> dict[str, bool]:
         "succeeded": run["state"] == "succeeded",
         "bits_equal": bool(run["fingerprint"]) and run["fingerprint"] == calm["fingerprint"],
         "progress_equal": run["progress"] == calm["progress"],
-        "burnt_covers_lost": run["device_seconds"] >= calm["device_seconds"] + run["lost_device_seconds"],
+        "burnt_covers_lost": run["device_seconds"] >= LEAST_DEVICE_SECONDS + run["lost_device_seconds"],
         "nothing_left_behind": not run["left_behind"],
     }
 
