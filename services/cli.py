@@ -28,7 +28,16 @@ from services import tables
 from services.dryrun import DryRunError, dry_run
 from services.foreground import run_in_foreground
 from services.progress import display_for
-from services.submission import make_request, named_cluster, plan_elsewhere, refuse_another_spec, submit
+from services.submission import (
+    STANDARD_TEXT,
+    Grid,
+    compression_job,
+    make_request,
+    named_cluster,
+    plan_elsewhere,
+    refuse_another_spec,
+    submit,
+)
 from services.ui import choose_port, mlflow_server
 
 DEFAULT_HOME = Path("~/.local/share/espalier")
@@ -108,6 +117,30 @@ def run(
     else:
         raise ValueError("name a job file, or a job with --continue")
     _work(journal, _home(home), tracking, as_json, job_file)
+
+
+@app.command()
+def compress(
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face directory or a checkpoint.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to calibrate and measure on. [default: Python's standard library]")
+    ] = None,
+    prune: Annotated[list[str] | None, typer.Option(metavar="METHOD", help="Pruning method; several times.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Fraction of the weights to set to zero.")] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="Quantisation method; several times.")
+    ] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bits of a quantised weight; several times.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    home: HomeOption = DEFAULT_HOME,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model that exists: every recipe, and every pair of a pruning and a quantisation. No training."""
+    asked = Grid(prune or [], sparsity or [], quantize or [], bits or [], group_size)
+    spec = compression_job(source, text or [STANDARD_TEXT], sequence_length, asked)
+    _work(submit(make_request(spec, _home(home)), _home(home)), _home(home), tracking, as_json, job_file=None)
 
 
 @app.command()

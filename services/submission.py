@@ -1,6 +1,9 @@
 """From a job file to a job: read, check, write down. Nothing is written before everything has been checked."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from launcher.cluster import Cluster, h100_cluster, local_cluster
 from launcher.jobs import Home, create_job
@@ -8,13 +11,49 @@ from launcher.journal import Journal
 from launcher.plan import Plan, make_plan
 from launcher.problems import Problem, SpecError
 from launcher.sources import with_source_tokenizer
-from launcher.spec import JobSpec
+from launcher.spec import JobSpec, parse_spec
 from launcher.tracking_records import flatten
 from launcher.validate import check, vocabulary_size
 from parallelism.data.errors import DataError
 from parallelism.data.sources import inspect
 
 KNOWN_CLUSTERS = {"h100": h100_cluster}
+STANDARD_TEXT = "builtin:python-stdlib"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked of a model that exists, as the command line has it; nothing asked: GPTQ to four bits."""
+
+    prune: list[str]
+    sparsity: list[float]
+    quantize: list[str]
+    bits: list[int]
+    group_size: int | None
+
+    def compression(self) -> dict[str, Any]:
+        """The part ``compression`` of a job's document."""
+        document: dict[str, Any] = {"combine": True}
+        if self.prune or self.sparsity:
+            document["prune"] = {"methods": self.prune or ["sparsegpt"], "sparsity": self.sparsity or [0.5]}
+        if self.quantize or self.bits or not document.keys() - {"combine"}:
+            quantize = {"methods": self.quantize or ["gptq"], "bits": self.bits or [4], "group_size": self.group_size}
+            document["quantize"] = quantize
+        return document
+
+
+def compression_job(source: Path, text: list[str], sequence_length: int, grid: Grid) -> JobSpec:
+    """The job behind ``espalier compress``. Raises ``SpecError``."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", source.expanduser().absolute().name.lower()).strip("-._") or "model"
+    return parse_spec(
+        {
+            "name": name,
+            "data": {"train": text, "sequence_length": sequence_length},
+            "candidates": [{"name": name, "source": str(source)}],
+            "compression": grid.compression(),
+        },
+        "espalier compress",
+    )
 
 
 @dataclass(frozen=True)
