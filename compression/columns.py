@@ -15,13 +15,14 @@ bit. So a job's result does not depend, by a single bit, on the jobs beside it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from compression.factor import Factor, factor_of
+from compression.levels import Levels
 from compression.matrix import Quantized
 from compression.methods.base import InputStatistics
 from compression.methods.gptq import GroupScales, Rounder
@@ -33,8 +34,8 @@ BLOCK = 128
 """Columns among which SparseGPT chooses (the paper's B_s), and after which the later ones are brought up to date."""
 RUN = 16
 """Columns that see each other's errors at once."""
-ROWS = 8192
-"""Rows side by side at most, unless a single job has more: what a few columns of them need stays in the cache."""
+ROWS = 16384
+"""Rows side by side at most, unless a single job has more: bounds the memory, and keeps a few columns in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +129,18 @@ def _batches(jobs: Sequence[ColumnJob]) -> Iterator[list[int]]:
         yield batch
 
 
-def _likeness(job: ColumnJob) -> tuple[int, bool, str, tuple[int, int, bool]]:
+def _likeness(job: ColumnJob) -> tuple[int, bool, str, tuple[int, bool], int]:
     """Sorts the rows: quantised only, quantised and pruned, pruned only; within these, like beside like."""
     kind, pattern = _kind(job), _pattern(job)
-    return kind, (pattern == "") == (kind == 2), pattern, _levels(job)
+    return kind, (pattern == "") == (kind == 2), pattern, _groups(job), len(job.weight)
 
 
 def _kind(job: ColumnJob) -> int:
     return 2 if job.quantize is None else 1 if job.prune or job.mask is not None else 0
 
 
-def _levels(job: ColumnJob) -> tuple[int, int, bool]:
-    quantize = job.quantize
-    return (quantize.bits or 0, quantize.group_size or 0, quantize.symmetric) if quantize else (0, 0, True)
+def _groups(job: ColumnJob) -> tuple[int, bool]:
+    return (job.quantize.group_size or 0, job.quantize.symmetric) if job.quantize else (0, True)
 
 
 def _pattern(job: ColumnJob) -> str:
@@ -157,13 +157,35 @@ class _Segment:
     """[in, out] in the order of solving. Columns that are solved hold what came out: levels, or weights."""
     mask: Tensor | None
     """[in, out] bool in the order of solving; True where a weight stays, or nothing is chosen yet."""
-    errors: Tensor
-    """[block, out]: of the current block's columns, as far as ``noted``."""
-    seen: list[int]
+    seen: list[int] = field(default_factory=list)
     """For every column of the block: how many of the block's columns have their errors in it."""
-    noted: int = 0
     carried: int = 0
     """Columns of the block whose errors have reached the later blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Neighbouring segments with equally many rows, and what goes into and comes out of their matrix products.
+
+    A product's operands lie in memory as if its job were alone: its last bits may depend on that.
+    """
+
+    segments: Sequence[_Segment]
+    errors: Tensor
+    """[segments, block, out] of the current block's columns."""
+    reach: Tensor
+    """[segments, RUN, out] what the columns of a run lose to the errors before it."""
+
+    @classmethod
+    def of(cls, segments: Sequence[_Segment], block: int) -> "_Stack":
+        """With room for a block, rounded up so that all segments are aligned as the first is."""
+        like = segments[0].weights
+        sizes = (-(-block // RUN) * RUN, RUN)
+        return cls(segments, *(like.new_empty(len(segments), size, like.shape[1]) for size in sizes))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """[columns, all rows] → a view of this stack's [segments, columns, out]."""
+        return rows[:, _rows(self.segments)].unflatten(1, (len(self.segments), -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +199,7 @@ class _Patterned:
 
 @dataclass(frozen=True, eq=False)
 class _Grouped:
-    """Neighbouring segments that are quantised alike."""
+    """Neighbouring segments that are quantised in the same groups."""
 
     segments: Sequence[_Segment]
     scales: GroupScales
@@ -194,20 +216,27 @@ class _Loop:
         like = jobs[0].weight
         self.factor, self.columns = factor, like.shape[1]
         self.block = min(block, self.columns)
-        self.start = self.stop = self.width = 0
-        self.segments = list(_segments(jobs, factor, self.block))
+        self.start = self.stop = self.width = self.noted = 0
+        self.segments = list(_segments(jobs, factor))
         self.rows = self.segments[-1].rows.stop
         self.quantized = sum(len(job.weight) for job in jobs if job.quantize)
         self.unmasked = sum(len(job.weight) for job in jobs if _kind(job) == 0)
         self.patterned = list(_patterned(self.segments))
         self.grouped = list(_grouped(self.segments))
+        same_size = groupby(self.segments, key=lambda one: len(one.job.weight))
+        self.stacks = [_Stack.of(list(same), self.block) for _, same in same_size]
+        self.errors_of = {
+            segment: errors
+            for stack in self.stacks
+            for segment, errors in zip(stack.segments, stack.errors, strict=True)
+        }
         self.rounder = Rounder([run.scales for run in self.grouped], factor.order, self.block, like)
-        self.weights = like.new_zeros(self.block, self.rows)
-        self.errors = like.new_zeros(self.block, self.rows)
-        self.levels = like.new_zeros(self.block, self.quantized)
-        self.keep = like.new_ones(self.block, self.rows - self.unmasked)
-        self.solved = like.new_zeros(self.rows)
-        self.reach = like.new_zeros(RUN, self.rows)
+        self.weights = like.new_empty(self.block, self.rows)
+        self.errors = like.new_empty(self.block, self.rows)
+        self.levels = like.new_empty(self.block, self.quantized)
+        self.keep = like.new_empty(self.block, self.rows - self.unmasked)
+        self.solved = like.new_empty(self.rows)
+        self.product = like.new_empty(RUN, self.rows)
 
     def solve(self) -> list[ColumnResult]:
         """One result per job."""
@@ -232,9 +261,9 @@ class _Loop:
 
     def _open(self, start: int, stop: int) -> None:
         """Take up the block of columns from ``start`` to ``stop``, and choose what SparseGPT prunes anywhere in it."""
-        self.start, self.stop, self.width = start, stop, stop - start
+        self.start, self.stop, self.width, self.noted = start, stop, stop - start, 0
         for segment in self.segments:
-            segment.seen, segment.noted, segment.carried = [0] * self.width, 0, 0
+            segment.seen, segment.carried = [0] * self.width, 0
             weights, prune = segment.weights[start:stop], segment.job.prune
             self.weights[: self.width, segment.rows] = weights
             if segment.mask is not None:
@@ -257,17 +286,16 @@ class _Loop:
 
     def _solve_run(self, first: int, last: int) -> None:
         """Solve the columns from ``first`` to ``last`` of the block."""
-        for segment in self.segments:
-            self._settle(segment, first, last, first)
+        self._settle_run(first, last)
         steps = self.factor.steps[self.start + first : self.start + last, self.start + first : self.start + last, None]
         for column in range(first, last):
             self._begin(column, last)
             self._solve_column(column)
             ahead = last - column - 1
             if ahead:
-                reach = self.reach[:ahead]
-                torch.mul(steps[-ahead - 1, -ahead:], self.errors[column], out=reach)
-                self.weights[column + 1 : last].sub_(reach)
+                product = self.product[:ahead]
+                torch.mul(steps[-ahead - 1, -ahead:], self.errors[column], out=product)
+                self.weights[column + 1 : last].sub_(product)
 
     def _solve_column(self, column: int) -> None:
         """Round and prune one column of the block, and note the errors."""
@@ -321,7 +349,7 @@ class _Loop:
     def _update(self, segments: Sequence[_Segment], column: int, last: int, end: int) -> None:
         """Let the errors so far reach the columns from ``column`` to ``end``, wherever these are."""
         for segment in segments:
-            if end > last:
+            if min(end, self.width) > last:
                 self._settle(segment, last, min(end, self.width), column)
             if end > self.width:
                 self._carry(segment, column)
@@ -347,34 +375,57 @@ class _Loop:
         rows = _rows(segments)
         return self.keep[:, rows.start - self.unmasked : rows.stop - self.unmasked]
 
+    def _settle_run(self, first: int, last: int) -> None:
+        """Let the errors of the block's columns before a run reach the run, which lasts from ``first`` to ``last``."""
+        if first == 0:
+            return
+        self._note(first)
+        for stack in self.stacks:
+            reach = stack.reach[:, : last - first]
+            for segment, part in zip(stack.segments, reach, strict=True):
+                self._reach(segment, first, last, first, part)
+            stack.spread(self.weights[first:last]).sub_(reach)
+
     def _settle(self, segment: _Segment, first: int, last: int, upto: int) -> None:
         """Let the errors of the block's columns before ``upto`` reach those from ``first`` to ``last``."""
+        self._note(upto)
+        reach = segment.weights.new_empty(last - first, segment.weights.shape[1])
+        self._reach(segment, first, last, upto, reach)
+        self.weights[first:last, segment.rows].sub_(reach)
+
+    def _reach(self, segment: _Segment, first: int, last: int, upto: int, out: Tensor) -> None:
+        """What the columns from ``first`` to ``last`` lose to the errors before ``upto`` that they have not seen."""
         for seen, same in groupby(range(first, last), key=segment.seen.__getitem__):
+            columns = list(same)
+            begin, end = columns[0], columns[-1] + 1
+            part = out[begin - first : end - first]
             if seen < upto:
-                columns = list(same)
-                begin, end = columns[0], columns[-1] + 1
                 steps = self.factor.steps[self.start + seen : self.start + upto, self.start + begin : self.start + end]
-                reach = steps.t() @ self._errors(segment, seen, upto)
-                self.weights[begin:end, segment.rows].sub_(reach)
+                torch.mm(steps.t(), self.errors_of[segment][seen:upto], out=part)
+            else:
+                part.zero_()
         segment.seen[first:last] = [upto] * (last - first)
 
     def _carry(self, segment: _Segment, upto: int) -> None:
         """Let the errors of the block's columns before ``upto`` reach the later blocks."""
         done, segment.carried = segment.carried, upto
         if done < upto and self.stop < self.columns:
+            self._note(upto)
             steps = self.factor.steps[self.start + done : self.start + upto, self.stop :]
-            segment.weights[self.stop :].addmm_(steps.t(), self._errors(segment, done, upto), alpha=-1.0)
+            segment.weights[self.stop :].addmm_(steps.t(), self.errors_of[segment][done:upto], alpha=-1.0)
 
-    def _errors(self, segment: _Segment, first: int, last: int) -> Tensor:
-        # Laid out as if the job were alone: the last bits of a matrix product may depend on it.
-        if segment.noted < last:
-            segment.errors[segment.noted : last] = self.errors[segment.noted : last, segment.rows]
-            segment.noted = last
-        return segment.errors[first:last]
+    def _note(self, upto: int) -> None:
+        """Lay the errors of the block's columns before ``upto`` out for the matrix products."""
+        if self.noted < upto:
+            for stack in self.stacks:
+                stack.errors[:, self.noted : upto] = stack.spread(self.errors[self.noted : upto])
+            self.noted = upto
 
     def _quantized(self, run: _Grouped, segment: _Segment) -> ColumnResult:
         rows = slice(segment.rows.start - run.scales.rows.start, segment.rows.stop - run.scales.rows.start)
-        levels, scales, zeros = run.scales.levels, run.scales.scales[:, rows], run.scales.zeros[:, rows]
+        recipe, scales, zeros = segment.job.quantize, run.scales.scales[:, rows], run.scales.zeros[:, rows]
+        assert recipe is not None
+        levels = Levels.of(recipe)
         grouped = self._restored(segment.weights).view(len(scales), run.scales.group, -1)
         codes = levels.codes(grouped, zeros[:, None]).view(segment.weights.shape).t().contiguous()
         stored_zeros = None if levels.symmetric else zeros.t().contiguous().byte()
@@ -395,20 +446,26 @@ class _Loop:
         return solved if order is None else solved[order.argsort()]
 
 
-def _segments(jobs: Sequence[ColumnJob], factor: Factor, block: int) -> Iterator[_Segment]:
+def _segments(jobs: Sequence[ColumnJob], factor: Factor) -> Iterator[_Segment]:
     start = 0
+    turned: dict[int, Tensor] = {}
     for job in jobs:
-        weights, mask = job.weight.t().clone(memory_format=torch.contiguous_format), None
-        weights[factor.dead] = 0.0
+        if id(job.weight) not in turned:
+            turned[id(job.weight)] = _turned(job.weight.masked_fill(factor.dead, 0.0), factor)
+        weights, mask = turned[id(job.weight)].clone(), None
         if job.mask is not None:
-            mask = job.mask.t().contiguous()
+            mask = _turned(job.mask, factor)
         elif job.prune is not None:
             mask = torch.ones_like(weights, dtype=torch.bool)
-        if factor.order is not None:
-            weights, mask = weights[factor.order], mask if mask is None else mask[factor.order]
         rows = slice(start, start + len(job.weight))
-        yield _Segment(job, rows, weights, mask, errors=torch.zeros_like(weights[:block]), seen=[])
-        start += len(job.weight)
+        yield _Segment(job, rows, weights, mask)
+        start = rows.stop
+
+
+def _turned(matrix: Tensor, factor: Factor) -> Tensor:
+    """[out, in] → [in, out] in the order of solving."""
+    turned = matrix.t().contiguous()
+    return turned if factor.order is None else turned[factor.order]
 
 
 def _patterned(segments: Sequence[_Segment]) -> Iterator[_Patterned]:
@@ -418,12 +475,12 @@ def _patterned(segments: Sequence[_Segment]) -> Iterator[_Patterned]:
 
 
 def _grouped(segments: Sequence[_Segment]) -> Iterator[_Grouped]:
-    for _, same in groupby(segments, key=lambda one: (_kind(one.job), _levels(one.job))):
+    quantized = [segment for segment in segments if segment.job.quantize]
+    for _, same in groupby(quantized, key=lambda one: (_kind(one.job), _groups(one.job))):
         run = list(same)
-        recipe = run[0].job.quantize
-        if recipe is not None:
-            columns = run[0].weights.shape[0]
-            yield _Grouped(run, GroupScales.empty(_rows(run), recipe, columns, run[0].weights))
+        recipes = [segment.job.quantize for segment in run if segment.job.quantize]
+        counts = [len(segment.job.weight) for segment in run]
+        yield _Grouped(run, GroupScales.empty(_rows(run), recipes, counts, run[0].weights))
 
 
 def _rows(segments: Sequence[_Segment]) -> slice:

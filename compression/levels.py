@@ -32,44 +32,58 @@ class Levels:
         return cls(recipe.bits, recipe.symmetric, recipe.number)
 
     def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels for weights between ``low`` and ``high`` [...]: scales [...] as stored, zero codes [...] like ``low``.
+        """Levels for weights between ``low`` and ``high`` [...]: scales and zero codes [...], see :func:`fit`."""
+        return fit(low, high, self.steps, self.symmetric, self.number)
 
-        With N = 2^bits - 1 steps and m = max|w|. Symmetric: scale = 2m / N, zero = 2^(bits-1). Asymmetric (Jacob et
-        al. 2018, eq. 1): scale = (max(w, 0) - min(w, 0)) / N, zero = round(-min(w, 0) / scale). FP8 (Micikevicius et
-        al. 2022): scale = m / 448, no zero. Groups of zeros get scale 1.
-        """
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        largest = torch.maximum(-low, high)
-        if self.number == "fp8":
-            return _stored(largest, torch.finfo(FP8_DTYPE).max), torch.zeros_like(low)
-        steps = 2**self.bits - 1
-        if self.symmetric:
-            return _stored(2.0 * largest, steps), torch.full_like(low, 2 ** (self.bits - 1))
-        scales = _stored(high - low, steps)
-        return scales, (-low / scales.to(low.dtype)).round().clamp(0, steps)
+    @property
+    def steps(self) -> int:
+        """Steps between the lowest and the highest code."""
+        return 2**self.bits - 1
 
-    def bounds(self, zeros: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest level [...] where the zero codes are ``zeros`` [...]."""
-        if self.number == "fp8":
-            largest = torch.full_like(zeros, torch.finfo(FP8_DTYPE).max)
-            return -largest, largest
-        return -zeros, 2**self.bits - 1 - zeros
-
-    def round_(self, scaled: Tensor) -> Tensor:
-        """Round weights over scales, which lie between the bounds, to levels in place; halves go to the even level."""
-        return scaled.copy_(scaled.to(FP8_DTYPE)) if self.number == "fp8" else scaled.round_()
+    def round(self, scaled: Tensor, zeros: Tensor) -> Tensor:
+        """Weights over scales to the nearest levels, in place."""
+        return round_(scaled.clamp_(*bounds(zeros, self.steps, self.number)), self.number)
 
     def codes(self, levels: Tensor, zeros: Tensor) -> Tensor:
         """Levels as they are stored, uint8: distances from the lowest one, or the bytes of e4m3, its zero without sign.
 
-        ``zeros`` broadcasts against ``levels``.
+        ``zeros`` broadcasts against ``levels``, which is used up.
         """
         if self.number == "fp8":
-            return (levels.to(torch.float32) + 0.0).to(FP8_DTYPE).view(torch.uint8)
-        return (levels + zeros).to(torch.uint8)
+            return levels.add_(0.0).to(FP8_DTYPE).view(torch.uint8)
+        return levels.add_(zeros).to(torch.uint8)
 
 
-def _stored(span: Tensor, steps: float) -> Tensor:
+def fit(low: Tensor, high: Tensor, steps: Tensor | float, symmetric: bool, number: Number) -> tuple[Tensor, Tensor]:
+    """Levels for weights between ``low`` and ``high`` [...]: scales [...] as stored, zero codes [...] like ``low``.
+
+    With N = 2^bits - 1 ``steps`` (one number, or one for each [...]) and m = max|w|. Symmetric: scale = 2m / N, zero =
+    2^(bits-1). Asymmetric (Jacob et al. 2018, eq. 1): scale = (max(w, 0) - min(w, 0)) / N, zero = round(-min(w, 0) /
+    scale). FP8 (Micikevicius et al. 2022): scale = m / 448, no zero. Groups of zeros get scale 1.
+    """
+    if number == "fp8":
+        return _stored(torch.maximum(-low, high), torch.finfo(FP8_DTYPE).max), torch.zeros_like(low)
+    if symmetric:
+        return _stored(2.0 * torch.maximum(-low, high), steps), torch.zeros_like(low) + (steps + 1) / 2
+    low = low.clamp(max=0.0)
+    scales = _stored(high.clamp(min=0.0) - low, steps)
+    return scales, torch.minimum((-low / scales.to(low.dtype)).round(), torch.zeros_like(low) + steps)
+
+
+def bounds(zeros: Tensor, steps: Tensor | float, number: Number) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest level [...] where the zero codes are ``zeros`` [...]."""
+    if number == "fp8":
+        largest = torch.full_like(zeros, torch.finfo(FP8_DTYPE).max)
+        return -largest, largest
+    return -zeros, steps - zeros
+
+
+def round_(scaled: Tensor, number: Number) -> Tensor:
+    """Round weights over scales, which lie between the bounds, to levels in place; halves go to the even level."""
+    return scaled.copy_(scaled.to(FP8_DTYPE)) if number == "fp8" else scaled.round_()
+
+
+def _stored(span: Tensor, steps: Tensor | float) -> Tensor:
     """span / steps in the stored type, never zero and never infinite."""
     limits = torch.finfo(SCALE_DTYPE)
     scales = (span / steps).clamp(min=limits.smallest_normal * limits.eps, max=limits.max)

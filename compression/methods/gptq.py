@@ -14,33 +14,47 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compression.levels import SCALE_DTYPE, Levels
+from compression.config import Number
+from compression.levels import SCALE_DTYPE, Levels, bounds, fit, round_
 from compression.recipe import Quantization
 
 
 @dataclass(eq=False)
 class GroupScales:
-    """Scales and zero codes of neighbouring rows of the loop that are quantised alike, group by group."""
+    """Scales and zero codes, group by group, of neighbouring rows of the loop that form the same groups.
+
+    Their bits may differ; whether they are symmetric does not, nor their kind of number.
+    """
 
     rows: slice
-    levels: Levels
     group: int
     """Columns that share a scale."""
+    symmetric: bool
+    number: Number
+    steps: Tensor
+    """[rows] 2^bits - 1."""
     scales: Tensor
     """[groups, rows] as stored."""
     zeros: Tensor
     """[groups, rows]."""
 
     @classmethod
-    def empty(cls, rows: slice, recipe: Quantization, columns: int, like: Tensor) -> "GroupScales":
-        """Room for the scales of a matrix with ``columns`` columns, where ``like`` says type and device."""
-        group = recipe.group_size or columns
-        zeros = like.new_zeros(columns // group, rows.stop - rows.start)
-        return cls(rows, Levels.of(recipe), group, zeros.to(SCALE_DTYPE), zeros)
+    def empty(cls, rows: slice, recipes: Sequence[Quantization], counts: Sequence[int], like: Tensor) -> "GroupScales":
+        """Room for ``rows``, of which ``counts[i]`` follow ``recipes[i]``; ``like`` [in, out] has type and columns."""
+        group = recipes[0].group_size or len(like)
+        steps = torch.cat(
+            [like.new_full((count,), Levels.of(one).steps) for one, count in zip(recipes, counts, strict=True)]
+        )
+        zeros = like.new_zeros(len(like) // group, len(steps))
+        return cls(rows, group, recipes[0].symmetric, recipes[0].number, steps, zeros.to(SCALE_DTYPE), zeros)
 
     def fit(self, place: int | slice, low: Tensor, high: Tensor) -> None:
         """Levels of one group (or several), for weights between ``low`` and ``high`` [(groups,) rows]."""
-        self.scales[place], self.zeros[place] = self.levels.fit(low, high)
+        self.scales[place], self.zeros[place] = fit(low, high, self.steps, self.symmetric, self.number)
+
+    def bounds(self, place: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Lowest and highest level [groups, rows] of some groups."""
+        return bounds(self.zeros[place], self.steps, self.number)
 
 
 @dataclass(eq=False)
@@ -79,14 +93,14 @@ class Rounder:
 
     def _set(self, run: GroupScales, groups: Tensor | slice, columns: slice) -> None:
         self._current[0, columns, run.rows] = run.scales[groups].to(self._current.dtype)
-        self._current[1, columns, run.rows], self._current[2, columns, run.rows] = run.levels.bounds(run.zeros[groups])
+        self._current[1, columns, run.rows], self._current[2, columns, run.rows] = run.bounds(groups)
 
     def round(self, column: int, weights: Tensor, out: Tensor) -> None:
         """Levels [rows] of a column's ``weights`` [rows] into ``out``: the nearest, of two as near the even one."""
         scale, low, high = self.columns[column]
         torch.div(weights, scale, out=out)
         torch.clamp(out, low, high, out=out)
-        self.runs[0].levels.round_(out)
+        round_(out, self.runs[0].number)
 
     def values(self, column: int, levels: Tensor, out: Tensor) -> None:
         """The weights [rows] that a column's levels [rows] stand for, into ``out``."""

@@ -33,7 +33,6 @@ def round_to_levels(weight: Tensor, levels: Levels, group_size: int | None = Non
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, group_size or columns)
     scales, zeros = levels.fit(*grouped.aminmax(dim=-1))
-    lowest, highest = levels.bounds(zeros[..., None])
-    scaled = (grouped / scales[..., None].to(weight.dtype)).clamp_(lowest, highest)
-    codes = levels.codes(levels.round_(scaled), zeros[..., None]).view(rows, columns)
+    rounded = levels.round(grouped / scales[..., None].to(weight.dtype), zeros[..., None])
+    codes = levels.codes(rounded, zeros[..., None]).view(rows, columns)
     return Quantized(codes, scales, None if levels.symmetric else zeros.byte(), levels.bits, levels.number)
