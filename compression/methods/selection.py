@@ -1,5 +1,7 @@
 """Which weights stay, given a score for each: the largest of a row, or n of every m neighbours."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,16 @@ def keep_of_each(scores: Tensor, kept: int) -> Tensor:
     By counting for every score which of the m go before it: for the small m of n:m patterns faster than sorting.
     """
     below = scores[:, None] < scores
-    earlier = torch.ones(below.shape[:2], dtype=torch.bool, device=scores.device).triu(1)
-    earlier = earlier.view(*earlier.shape, *[1] * (scores.ndim - 1))
+    earlier = _earlier(len(scores), scores.device).view(*below.shape[:2], *[1] * (scores.ndim - 1))
     # Of a pair the later one goes first only where it is smaller.
     before = torch.where(earlier, below.transpose(0, 1).logical_not(), below)
     return before.sum(0) >= len(scores) - kept
+
+
+@cache
+def _earlier(count: int, device: torch.device) -> Tensor:
+    """[i, j] bool: i < j."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
 
 
 def keep_pattern(scores: Tensor, pattern: str) -> Tensor:

@@ -4,6 +4,7 @@ What is its own in the column loop (:mod:`compression.columns`): which weights g
 from the weights as they then are. What the loop does with their errors is GPTQ's (the paper's algorithm 1).
 """
 
+import torch
 from torch import Tensor
 
 from compression.methods.selection import keep_largest, keep_of_each
@@ -15,9 +16,15 @@ def keep_in_block(weights: Tensor, spread: Tensor, sparsity: float) -> Tensor:
     Those of smallest w² / [H⁻¹]_jj (algorithm 1), anywhere in the block; of equal ones the first in row-major order of
     [out, in]. ``weights`` [columns, rows], ``spread`` [columns] is √[H⁻¹]_jj of the columns from j on.
     """
-    scores = _scores(weights, spread).t().reshape(1, -1)
-    mask = keep_largest(scores, round(sparsity * scores.shape[1]))
-    return mask.view(weights.shape[1], weights.shape[0]).t()
+    scores = _scores(weights, spread)
+    count = round(sparsity * scores.numel())
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    mask = scores > scores.flatten().kthvalue(count).values
+    if int(mask.sum()) == scores.numel() - count:
+        return mask
+    # Equal scores at the border: their order decides.
+    return keep_largest(scores.t().reshape(1, -1), count).view(scores.shape[::-1]).t()
 
 
 def keep_in_pattern(weights: Tensor, spread: Tensor, kept: int) -> Tensor:

@@ -153,6 +153,13 @@ def test_inputs_that_are_always_zero_cost_nothing() -> None:
         assert (_solve(job, inputs).weight[:, [3, 17, 40]] == 0.0).all()
 
 
+@pytest.mark.parametrize("prune", [HALF, TWO_OF_FOUR, Pruning(method="sparsegpt", sparsity=0.3)])
+def test_of_equal_scores_the_first_go(prune: Pruning) -> None:
+    alike = torch.ones(3, 32, dtype=torch.float64)
+    alike[1, 5:9] = -2.0
+    _agree(_job(alike, prune=prune), torch.eye(32, dtype=torch.float64), 16)
+
+
 def test_wanda_is_the_papers() -> None:
     weight, inputs = _weight(7, 48, 6), _inputs(48, 6)
     for recipe, thinning in (
