@@ -14,19 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from parallelism.models.base import Batch, ShardedFamily
-
-
-def hide_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    """``logits`` [..., padded vocabulary / tensor], in place, lowest where the entry only pads the vocabulary.
-
-    Their probability, and so their gradient, is exactly zero then. Weights that come from elsewhere know nothing of
-    padding: the logits of its zero rows would be 0, often far above those of real tokens.
-    """
-    group = parallel_state.get_tensor_model_parallel_group()
-    width = logits.shape[-1]
-    real = min(max(vocab_size - dist.get_rank(group) * width, 0), width)
-    logits.detach()[..., real:].fill_(torch.finfo(logits.dtype).min)
-    return logits
+from parallelism.vocabulary import hide_padding
 
 
 def token_losses(

@@ -22,6 +22,7 @@ from parallelism.models.gpt.gate import SwiGLU
 from parallelism.models.gpt.loss import cross_entropy
 from parallelism.models.gpt.norm import Norm
 from parallelism.training import TrainingConfig
+from parallelism.vocabulary import hide_padding
 
 
 def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConfig) -> TransformerConfig:
@@ -88,6 +89,7 @@ def build(
         rotary_base=config.rope_base,
         vp_stage=chunk,
     )
+    model.real_vocab_size = config.vocab_size
     # megatron-core makes its matrices where they belong (or on "meta", to be looked at only), word embeddings first;
     # norms and positions start as float32 on the CPU.
     place = next(parameter.device for parameter in model.parameters() if parameter.ndim == 2)
@@ -117,10 +119,13 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _Model(GPTModel):
-    """megatron-core's model with our loss on GPUs."""
+    """megatron-core's model with the loss of the real vocabulary, and on GPUs with our kernels for it."""
+
+    real_vocab_size: int
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [B, S] and logits [S, B, vocabulary / tensor] → losses [B, S] float32."""
+        hide_padding(logits, self.real_vocab_size)
         if not logits.is_cuda:
             loss: torch.Tensor = super().compute_language_model_loss(labels, logits)
             return loss
