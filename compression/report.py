@@ -172,7 +172,7 @@ def _dress(axes: "Axes", variants: Sequence[Variant], title: str, ceiling: float
     axes.scatter([], [], marker="o", s=50, facecolor="0.35", edgecolor="0.35", label="on the frontier")
     if any(variant.quality.value > ceiling for variant in variants):
         axes.scatter([], [], marker="^", facecolor="white", edgecolor="0.35", label=f"{metric} above the picture")
-    axes.legend(frameon=False, loc="upper right", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 Box = tuple[float, float, float, float]
