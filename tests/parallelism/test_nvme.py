@@ -20,6 +20,8 @@ from tests.parallelism.small_gpt import make_engine, small_task, train
 from tests.parallelism.test_deepspeed import digest
 from tests.ranks import RankFailed, run_ranks
 
+pytestmark = pytest.mark.timeout(1800)  # the first test that asks for the operator waits until it is compiled
+
 ODD = {"layers": 1, "hidden": 520, "heads": 10, "kv_heads": 10, "ffn_hidden": 1038, "vocab_size": 601}
 """Partitions of more than 1 MiB, which go to the disk, of sizes that no alignment divides; and small ones."""
 
