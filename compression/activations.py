@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compression.config import Number
+from compression.recipe import Recipe
 
 FP8 = torch.float8_e4m3fn
 
@@ -39,6 +40,12 @@ class RoundedInputs:
     def __init__(self, number: Number) -> None:
         self._round = ROUNDING[number]
         self._last: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "RoundedInputs | None":
+        """What a recipe does to the inputs of its linear layers, if anything."""
+        quantization = recipe.quantize
+        return cls(quantization.number) if quantization and quantization.activation_bits == 8 else None
 
     def __call__(self, name: str, inputs: Tensor) -> Tensor:
         """The rounded input [..., in] of one linear layer."""

@@ -24,7 +24,7 @@ from compression.evaluation import Rows, Weights, step_sequences
 from compression.methods.base import InputStatistics, LayerStatistics
 from compression.text import shards
 from parallelism.layer_reader import plain_family
-from parallelism.models.base import ModelConfig
+from parallelism.models.base import ModelConfig, Observer
 
 VERSION = 1
 PARTS = ("hessian", "absolute", "absmax")
@@ -77,7 +77,7 @@ def calibrate_step(
     with torch.inference_mode():
         weights = model.layer(layer)
         gathered = Gathered()
-        outputs = pass_through(model.config, weights, before, gathered)
+        outputs = pass_through(model.config, weights, before, gathered, gathered.compare)
         # The sums first: where the states behind a layer are, its sums are, too.
         write_states(
             files.hidden(layer + 1, shard),
@@ -199,17 +199,24 @@ def _shape(states: Path) -> tuple[int, ...]:
 
 
 def pass_through(
-    config: ModelConfig, weights: Mapping[str, Tensor], states: Path, gathered: Gathered | None
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    states: Path,
+    observer: Observer | None,
+    compare: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Hidden states in a file, taken through one layer a few sequences at a time; ``gathered`` sees every input."""
+    """Hidden states in a file, taken through one layer a few sequences at a time.
+
+    ``observer`` sees the input of every linear layer, ``compare`` the states before and behind the layer.
+    """
     family, device = plain_family(config), next(iter(weights.values())).device
     before = np.load(states, mmap_mode="r")
     step = step_sequences(weights, config.hidden, before.shape[1])
     for start in range(0, len(before), step):
         part = torch.from_numpy(np.array(before[start : start + step])).to(device)
-        output = family.layer(config, weights, part, gathered)
-        if gathered is not None:
-            gathered.compare(part, output)
+        output = family.layer(config, weights, part, observer)
+        if compare is not None:
+            compare(part, output)
         yield output
 
 

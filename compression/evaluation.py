@@ -127,10 +127,7 @@ def _embed(model: Weights, tokens: Tensor) -> Tensor:
 
 def _observer(model: Weights) -> Observer | None:
     """What a variant's recipe does to the inputs of its linear layers."""
-    quantization = model.recipe.quantize if isinstance(model, CompactFile) else None
-    if quantization is None or quantization.activation_bits == 16:
-        return None
-    return RoundedInputs(quantization.number)
+    return RoundedInputs.of(model.recipe) if isinstance(model, CompactFile) else None
 
 
 def _advance(model: Weights, index: int, hidden: Tensor, observer: Observer | None) -> None:

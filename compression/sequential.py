@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression.activations import RoundedInputs
 from compression.calibration import CalibrationFiles, Gathered, embed, pass_through, write_states
 from compression.evaluation import Rows, Weights
 from compression.recipe import Recipe, Strengths
@@ -56,7 +57,7 @@ def solve_next(chain: Chain, layer: int, strengths: Strengths) -> Solved:
     if not states.exists():
         embed(chain.start, chain.rows, range(chain.sequences), states)
     config, weights, gathered = chain.model.config, chain.model.layer(layer), Gathered()
-    for _ in pass_through(config, weights, states, gathered):
+    for _ in pass_through(config, weights, states, gathered, gathered.compare):
         pass
     (solved,) = solve_layer(config, weights, [chain.recipe], gathered.statistics(chain.damping), strengths)
     return solved
@@ -65,11 +66,15 @@ def solve_next(chain: Chain, layer: int, strengths: Strengths) -> Solved:
 def advance(
     config: ModelConfig, layer: int, recipe: Recipe, weights: Mapping[str, Tensor], files: CalibrationFiles
 ) -> None:
-    """Take the hidden states through the compressed layer (canonical name → tensor): the step is done."""
+    """Take the hidden states through the compressed layer (canonical name → tensor): the step is done.
+
+    Where the recipe rounds activations, the layers to come are calibrated on what rounded ones lead to.
+    """
     before = _reached(files)
     shape = tuple(np.load(before, mmap_mode="r").shape)
     with torch.inference_mode():
-        outputs = pass_through(reduced_config(config, recipe.as_solved.structure), weights, before, None)
+        reduced = reduced_config(config, recipe.as_solved.structure)
+        outputs = pass_through(reduced, weights, before, RoundedInputs.of(recipe))
         write_states(files.hidden(layer + 1, SHARD), shape, outputs)
     before.unlink(missing_ok=True)
 

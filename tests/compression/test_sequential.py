@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compression import tasks
+from compression.activations import RoundedInputs
 from compression.calibration import CalibrationFiles, Gathered
 from compression.compact import CompactFile
 from compression.recipe import Quantization, Recipe
@@ -17,6 +18,7 @@ from parallelism.layer_reader import CheckpointWeights, plain_family
 from tests.compression import made
 
 ROUND = Recipe(quantize=Quantization(method="rtn", bits=3, group_size=16), embedding_bits=8)
+ROUND_BOTH = Recipe(quantize=Quantization(method="rtn", bits=8, activation_bits=8), embedding_bits=8)
 CONFIG = made.LLAMA.model_copy(update={"vocab_size": 257})
 SEQUENCES = 4
 
@@ -32,20 +34,25 @@ def text(tmp_path: Path) -> CalibrationText:
     return CalibrationText(data_dir=data, sequence_length=24, sequences=SEQUENCES, seed=3, damping=0.01)
 
 
-def _chain(source: str, text: CalibrationText, out: Path, layers: int = CONFIG.layers) -> None:
-    tasks.compress_outer(source, [ROUND], str(out))
+def _chain(
+    source: str, text: CalibrationText, out: Path, layers: int = CONFIG.layers, recipe: Recipe = ROUND
+) -> None:
+    tasks.compress_outer(source, [recipe], str(out))
     for layer in range(layers):
-        tasks.compress_next(source, layer, ROUND, str(out), text=text)
+        tasks.compress_next(source, layer, recipe, str(out), text=text)
 
 
-def test_states_are_those_behind_the_compressed_layers(tmp_path: Path, source: str, text: CalibrationText) -> None:
-    _chain(source, text, tmp_path / "out")
-    variant = CompactFile(tasks.assemble(source, ROUND, str(tmp_path / "out"), sequential=True).path)
+@pytest.mark.parametrize("recipe", [ROUND, ROUND_BOTH], ids=["weights", "weights-and-activations"])
+def test_states_are_those_behind_the_compressed_layers(
+    tmp_path: Path, source: str, text: CalibrationText, recipe: Recipe
+) -> None:
+    _chain(source, text, tmp_path / "out", recipe=recipe)
+    variant = CompactFile(tasks.assemble(source, recipe, str(tmp_path / "out"), sequential=True).path)
     family, rows = plain_family(CONFIG), text.batches().rows(range(SEQUENCES))
     hidden = family.embed(CONFIG, variant.outer(), torch.from_numpy(rows)[:, :-1])
     for layer in range(CONFIG.layers):
-        hidden = family.layer(CONFIG, variant.layer(layer), hidden)
-    (states,) = chain_directory(str(tmp_path / "out"), ROUND).rglob("hidden-*.npy")
+        hidden = family.layer(CONFIG, variant.layer(layer), hidden, RoundedInputs.of(recipe))
+    (states,) = chain_directory(str(tmp_path / "out"), recipe).rglob("hidden-*.npy")
     assert states.stem.endswith(f"-{CONFIG.layers:05d}")
     torch.testing.assert_close(torch.from_numpy(np.load(states)), hidden, rtol=1e-4, atol=1e-4)
 
