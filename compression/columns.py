@@ -11,67 +11,41 @@ what rounding it to float32 loses is smaller still, so that a code hardly ever d
 The rows of a matrix do not depend on each other, so the rows of all jobs stand side by side and go through the same few
 operations, whatever their recipes. Columns lie in memory one after another ([in, out], the transpose of a weight).
 
-A column's error reaches those of its *run* of :data:`RUN` columns at once, the others of its block when their run comes
-(or when their scales or masks are to be found), and the later blocks when the block is done. The last two are matrix
-products, of one job each; all else works on each element by itself, with operations that IEEE 754 defines to the last
-bit. So a job's result does not depend, by a single bit, on the jobs beside it.
+A column's error reaches those of its *run* (of :data:`~compression.column_rows.RUN` columns) at once, the others of its
+block when their run comes (or when their scales or masks are to be found), and the later blocks when the block is done.
+The last two are matrix products, of one job each; all else works on each element by itself, with operations that
+IEEE 754 defines to the last bit. So a job's result does not depend, by a single bit, on the jobs beside it.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from compression.column_jobs import ColumnJob, ColumnResult, batches, check
+from compression.column_rows import (
+    RUN,
+    Grouped,
+    Patterned,
+    Segment,
+    grouped_of,
+    patterned_of,
+    rows_of,
+    segments_of,
+    stacks_of,
+)
 from compression.factor import Factor, factor_of
 from compression.levels import Levels
 from compression.matrix import Quantized
 from compression.methods.base import InputStatistics
-from compression.methods.gptq import GroupScales, Rounder
-from compression.methods.selection import pattern_of, pattern_remedy
+from compression.methods.gptq import Rounder
 from compression.methods.sparsegpt import keep_in_block, keep_in_pattern
-from compression.recipe import Pruning, Quantization
 
 BLOCK = 128
 """Columns among which SparseGPT chooses (the paper's B_s), and after which the later ones are brought up to date."""
-RUN = 16
-"""Columns that see each other's errors at once."""
 ROWS = 16384
 """Rows side by side at most, unless a single job has more: bounds the memory, and keeps a few columns in the cache."""
-
-
-@dataclass(frozen=True, eq=False)
-class ColumnJob:
-    """One matrix under one recipe: at least one of ``prune`` and ``quantize`` is given.
-
-    ``weight`` [out, in] float32 (or float64, which is then solved in float64). ``mask`` [out, in] bool is what another
-    method has pruned already, and is kept; ``prune`` is None then.
-    """
-
-    name: str
-    weight: Tensor
-    mask: Tensor | None
-    prune: Pruning | None
-    quantize: Quantization | None
-
-
-@dataclass(frozen=True, eq=False)
-class ColumnResult:
-    """What came out: codes where it was quantised, else weights; zero where ``mask`` [out, in] bool is False."""
-
-    pruned: Tensor | None
-    """[out, in] like the job's weight; None where it was quantised."""
-    mask: Tensor | None
-    quantized: Quantized | None
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights [out, in]."""
-        if self.quantized is not None:
-            return self.quantized.dense()
-        assert self.pruned is not None
-        return self.pruned
 
 
 def solve_columns(jobs: Sequence[ColumnJob], statistics: InputStatistics, block: int = BLOCK) -> list[ColumnResult]:
@@ -81,137 +55,18 @@ def solve_columns(jobs: Sequence[ColumnJob], statistics: InputStatistics, block:
     not finite or singular.
     """
     for job in jobs:
-        _check(job)
+        check(job)
     names = ", ".join(dict.fromkeys(job.name for job in jobs))
     results: dict[int, ColumnResult] = {}
-    for places in _batches(jobs):
+    for places in batches(jobs, ROWS):
         chosen = [jobs[place] for place in places]
-        factor = factor_of(statistics, _by_size(chosen[0]), chosen[0].weight.dtype, names)
+        factor = factor_of(statistics, chosen[0].by_size, chosen[0].weight.dtype, names)
         results |= zip(places, _Loop(chosen, factor, block).solve(), strict=True)
     return [results[place] for place in range(len(jobs))]
 
 
-def _check(job: ColumnJob) -> None:
-    assert job.prune or job.quantize, f"{job.name}: nothing to do"
-    assert job.prune is None or job.mask is None, f"{job.name}: pruned already"
-    columns = job.weight.shape[1]
-    group = job.quantize.group_size if job.quantize else None
-    if group and columns % group:
-        raise ValueError(
-            f"{job.name}: quantize.group_size {group} does not divide its {columns} columns: use a divisor of"
-            f" {columns}, or leave group_size out for one scale per output channel"
-        )
-    pattern = job.prune.pattern if job.prune else None
-    if pattern and columns % pattern_of(pattern)[1]:
-        raise ValueError(f"{job.name}: pattern {pattern} does not divide its {columns} columns: {pattern_remedy()}")
-    if pattern and _by_size(job):
-        raise ValueError(
-            f"{job.name}: pattern {pattern} is chosen among neighbouring columns, but quantize.act_order solves them"
-            " apart: set act_order to false, or prune by another method"
-        )
-
-
-def _by_size(job: ColumnJob) -> bool:
-    return job.quantize is not None and job.quantize.act_order
-
-
-def _batches(jobs: Sequence[ColumnJob]) -> Iterator[list[int]]:
-    """Places of jobs that can stand side by side: of the same order and kind of number, at most :data:`ROWS` rows."""
-    kinds: dict[tuple[bool, str], list[int]] = {}
-    for place, job in enumerate(jobs):
-        kinds.setdefault((_by_size(job), job.quantize.number if job.quantize else "int"), []).append(place)
-    for places in kinds.values():
-        batch: list[int] = []
-        rows = 0
-        for place in sorted(places, key=lambda place: _likeness(jobs[place])):
-            rows += len(jobs[place].weight)
-            if batch and rows > ROWS:
-                yield batch
-                batch, rows = [], len(jobs[place].weight)
-            batch.append(place)
-        yield batch
-
-
-def _likeness(job: ColumnJob) -> tuple[int, bool, str, tuple[int, bool], int]:
-    """Sorts the rows: quantised only, quantised and pruned, pruned only; within these, like beside like."""
-    kind, pattern = _kind(job), _pattern(job)
-    return kind, (pattern == "") == (kind == 2), pattern, _groups(job), len(job.weight)
-
-
-def _kind(job: ColumnJob) -> int:
-    return 2 if job.quantize is None else 1 if job.prune or job.mask is not None else 0
-
-
-def _groups(job: ColumnJob) -> tuple[int, bool]:
-    return (job.quantize.group_size or 0, job.quantize.symmetric) if job.quantize else (0, True)
-
-
-def _pattern(job: ColumnJob) -> str:
-    return job.prune.pattern or "" if job.prune else ""
-
-
-@dataclass(eq=False)
-class _Segment:
-    """The rows of one job."""
-
-    job: ColumnJob
-    rows: slice
-    weights: Tensor
-    """[in, out] in the order of solving; of all jobs of a matrix the same."""
-    drift: Tensor
-    """[in, out] in the order of solving. Columns that are solved hold what came out: levels, or weights."""
-    mask: Tensor | None
-    """[in, out] bool in the order of solving; True where a weight stays, or nothing is chosen yet."""
-    seen: list[int] = field(default_factory=list)
-    """For every column of the block: how many of the block's columns have their errors in it."""
-    carried: int = 0
-    """Columns of the block whose errors have reached the later blocks."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Neighbouring segments with equally many rows, and what goes into and comes out of their matrix products.
-
-    A product's operands lie in memory as if its job were alone: its last bits may depend on that.
-    """
-
-    segments: Sequence[_Segment]
-    errors: Tensor
-    """[segments, block, out] of the current block's columns."""
-    reach: Tensor
-    """[segments, RUN, out] drift of the columns of a run by the errors before it."""
-
-    @classmethod
-    def of(cls, segments: Sequence[_Segment], block: int) -> "_Stack":
-        """With room for a block, rounded up so that all segments are aligned as the first is."""
-        like = segments[0].weights
-        sizes = (-(-block // RUN) * RUN, RUN)
-        return cls(segments, *(like.new_empty(len(segments), size, like.shape[1]) for size in sizes))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """[columns, all rows] → a view of this stack's [segments, columns, out]."""
-        return rows[:, _rows(self.segments)].unflatten(1, (len(self.segments), -1)).transpose(0, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Patterned:
-    """Neighbouring segments that are pruned by the same n:m pattern."""
-
-    segments: Sequence[_Segment]
-    kept: int
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Grouped:
-    """Neighbouring segments that are quantised in the same groups."""
-
-    segments: Sequence[_Segment]
-    scales: GroupScales
-
-
 class _Loop:
-    """The loop over the columns for one batch of jobs, sorted by :func:`_likeness`.
+    """The loop over the columns for one batch of jobs, sorted as :func:`batches` does.
 
     A block of columns of all rows is held at a time: its ``weights``, their ``drift``, ``errors``, ``levels`` of the
     rows that are quantised (they come first), and what to ``keep`` of those that are pruned (they come last): 1 or 0.
@@ -222,14 +77,13 @@ class _Loop:
         self.factor, self.columns = factor, like.shape[1]
         self.block = min(block, self.columns)
         self.start = self.stop = self.width = self.noted = 0
-        self.segments = list(_segments(jobs, factor))
+        self.segments = list(segments_of(jobs, factor))
         self.rows = self.segments[-1].rows.stop
         self.quantized = sum(len(job.weight) for job in jobs if job.quantize)
-        self.unmasked = sum(len(job.weight) for job in jobs if _kind(job) == 0)
-        self.patterned = list(_patterned(self.segments))
-        self.grouped = list(_grouped(self.segments))
-        same_size = groupby(self.segments, key=lambda one: len(one.job.weight))
-        self.stacks = [_Stack.of(list(same), self.block) for _, same in same_size]
+        self.unmasked = sum(len(job.weight) for job in jobs if job.kind == 0)
+        self.patterned = list(patterned_of(self.segments))
+        self.grouped = list(grouped_of(self.segments))
+        self.stacks = list(stacks_of(self.segments, self.block))
         self.errors_of = {
             segment: errors
             for stack in self.stacks
@@ -328,14 +182,14 @@ class _Loop:
             if (self.start + column) % group.scales.group == 0 and self.factor.order is None:
                 self._fit(group, column, last)
 
-    def _choose(self, run: _Patterned, column: int, last: int) -> None:
+    def _choose(self, run: Patterned, column: int, last: int) -> None:
         """Choose what an n:m pattern prunes of the m columns from ``column`` on."""
         first, end = self.start + column, self.start + column + run.width
         self._update(run.segments, column, last, column + run.width)
         weights = self._ahead(run.segments, column, column + run.width)
         self._mark(run.segments, column, keep_in_pattern(weights, self.factor.spread[first:end], run.kept))
 
-    def _mark(self, segments: Sequence[_Segment], column: int, mask: Tensor) -> None:
+    def _mark(self, segments: Sequence[Segment], column: int, mask: Tensor) -> None:
         """Note the ``mask`` [m, rows] of the columns from ``column`` on, which may be of the next blocks."""
         inside = min(len(mask), self.width - column)
         self._keep(segments)[column : column + inside] = mask[:inside]
@@ -345,7 +199,7 @@ class _Loop:
                 assert segment.mask is not None
                 segment.mask[self.stop : self.stop + len(part)] = part
 
-    def _fit(self, run: _Grouped, column: int, last: int) -> None:
+    def _fit(self, run: Grouped, column: int, last: int) -> None:
         """Find the scales of the group that begins at ``column``, from what is not known to be pruned."""
         self._update(run.segments, column, last, column + run.scales.group)
         weights = self._ahead(run.segments, column, column + run.scales.group)
@@ -355,7 +209,7 @@ class _Loop:
         run.scales.fit(place, weights.amin(0), weights.amax(0))
         self.rounder.begin(run.scales, place)
 
-    def _update(self, segments: Sequence[_Segment], column: int, last: int, end: int) -> None:
+    def _update(self, segments: Sequence[Segment], column: int, last: int, end: int) -> None:
         """Let the errors so far reach the columns from ``column`` to ``end``, wherever these are."""
         for segment in segments:
             if min(end, self.width) > last:
@@ -363,9 +217,9 @@ class _Loop:
             if end > self.width:
                 self._carry(segment, column)
 
-    def _ahead(self, segments: Sequence[_Segment], column: int, end: int) -> Tensor:
+    def _ahead(self, segments: Sequence[Segment], column: int, end: int) -> Tensor:
         """Weights [columns, rows] from ``column`` to ``end`` of the block, or beyond it."""
-        columns, rows = slice(column, min(end, self.width)), _rows(segments)
+        columns, rows = slice(column, min(end, self.width)), rows_of(segments)
         inside = self.weights[columns, rows] - self.drift[columns, rows]
         if end <= self.width:
             return inside
@@ -373,7 +227,7 @@ class _Loop:
         beyond = [segment.weights[later] - segment.drift[later] for segment in segments]
         return torch.cat([inside, torch.cat(beyond, 1)])
 
-    def _known(self, segments: Sequence[_Segment], column: int, end: int) -> Tensor:
+    def _known(self, segments: Sequence[Segment], column: int, end: int) -> Tensor:
         """The same of the masks: 0 where known to be pruned."""
         inside = self._keep(segments)[column : min(end, self.width)]
         if end <= self.width:
@@ -381,9 +235,9 @@ class _Loop:
         beyond = [segment.mask[self.stop : self.start + end] for segment in segments if segment.mask is not None]
         return torch.cat([inside, torch.cat(beyond, 1).to(inside.dtype)])
 
-    def _keep(self, segments: Sequence[_Segment]) -> Tensor:
+    def _keep(self, segments: Sequence[Segment]) -> Tensor:
         """Their part of what to keep."""
-        rows = _rows(segments)
+        rows = rows_of(segments)
         return self.keep[:, rows.start - self.unmasked : rows.stop - self.unmasked]
 
     def _settle_run(self, first: int, last: int) -> None:
@@ -397,14 +251,14 @@ class _Loop:
                 self._reach(segment, first, last, first, part)
             stack.spread(self.drift[first:last]).add_(reach)
 
-    def _settle(self, segment: _Segment, first: int, last: int, upto: int) -> None:
+    def _settle(self, segment: Segment, first: int, last: int, upto: int) -> None:
         """Let the errors of the block's columns before ``upto`` reach those from ``first`` to ``last``."""
         self._note(upto)
         reach = segment.drift.new_empty(last - first, segment.drift.shape[1])
         self._reach(segment, first, last, upto, reach)
         self.drift[first:last, segment.rows].add_(reach)
 
-    def _reach(self, segment: _Segment, first: int, last: int, upto: int, out: Tensor) -> None:
+    def _reach(self, segment: Segment, first: int, last: int, upto: int, out: Tensor) -> None:
         """Drift of the columns from ``first`` to ``last`` by the errors before ``upto`` that they have not seen."""
         for seen, same in groupby(range(first, last), key=segment.seen.__getitem__):
             columns = list(same)
@@ -417,7 +271,7 @@ class _Loop:
                 part.zero_()
         segment.seen[first:last] = [upto] * (last - first)
 
-    def _carry(self, segment: _Segment, upto: int) -> None:
+    def _carry(self, segment: Segment, upto: int) -> None:
         """Let the errors of the block's columns before ``upto`` reach the later blocks."""
         done, segment.carried = segment.carried, upto
         if done < upto and self.stop < self.columns:
@@ -432,7 +286,7 @@ class _Loop:
                 stack.errors[:, self.noted : upto] = stack.spread(self.errors[self.noted : upto])
             self.noted = upto
 
-    def _quantized(self, run: _Grouped, segment: _Segment) -> ColumnResult:
+    def _quantized(self, run: Grouped, segment: Segment) -> ColumnResult:
         rows = slice(segment.rows.start - run.scales.rows.start, segment.rows.stop - run.scales.rows.start)
         recipe, scales, zeros = segment.job.quantize, run.scales.scales[:, rows], run.scales.zeros[:, rows]
         assert recipe is not None
@@ -443,10 +297,10 @@ class _Loop:
         quantized = Quantized(codes, scales.t().contiguous(), stored_zeros, levels.bits, levels.number)
         return ColumnResult(None, self._mask(segment), quantized)
 
-    def _pruned(self, segment: _Segment) -> ColumnResult:
+    def _pruned(self, segment: Segment) -> ColumnResult:
         return ColumnResult(self._restored(segment.drift).t().contiguous(), self._mask(segment), None)
 
-    def _mask(self, segment: _Segment) -> Tensor | None:
+    def _mask(self, segment: Segment) -> Tensor | None:
         if segment.job.mask is not None or segment.mask is None:
             return segment.job.mask
         return self._restored(segment.mask).t().contiguous()
@@ -455,47 +309,6 @@ class _Loop:
         """Columns [in, out] in the matrix's own order."""
         order = self.factor.order
         return solved if order is None else solved[order.argsort()]
-
-
-def _segments(jobs: Sequence[ColumnJob], factor: Factor) -> Iterator[_Segment]:
-    start = 0
-    turned: dict[int, Tensor] = {}
-    for job in jobs:
-        if id(job.weight) not in turned:
-            turned[id(job.weight)] = _turned(job.weight.masked_fill(factor.dead, 0.0), factor)
-        weights, mask = turned[id(job.weight)], None
-        if job.mask is not None:
-            mask = _turned(job.mask, factor)
-        elif job.prune is not None:
-            mask = torch.ones_like(weights, dtype=torch.bool)
-        rows = slice(start, start + len(job.weight))
-        yield _Segment(job, rows, weights, torch.zeros_like(weights), mask)
-        start = rows.stop
-
-
-def _turned(matrix: Tensor, factor: Factor) -> Tensor:
-    """[out, in] → [in, out] in the order of solving."""
-    turned = matrix.t().contiguous()
-    return turned if factor.order is None else turned[factor.order]
-
-
-def _patterned(segments: Sequence[_Segment]) -> Iterator[_Patterned]:
-    for pattern, same in groupby(segments, key=lambda one: _pattern(one.job)):
-        if pattern:
-            yield _Patterned(list(same), *pattern_of(pattern))
-
-
-def _grouped(segments: Sequence[_Segment]) -> Iterator[_Grouped]:
-    quantized = [segment for segment in segments if segment.job.quantize]
-    for _, same in groupby(quantized, key=lambda one: (_kind(one.job), _groups(one.job))):
-        run = list(same)
-        recipes = [segment.job.quantize for segment in run if segment.job.quantize]
-        counts = [len(segment.job.weight) for segment in run]
-        yield _Grouped(run, GroupScales.empty(_rows(run), recipes, counts, run[0].weights))
-
-
-def _rows(segments: Sequence[_Segment]) -> slice:
-    return slice(segments[0].rows.start, segments[-1].rows.stop)
 
 
 def _extremes(job: ColumnJob, dead: Tensor, group: int) -> tuple[Tensor, Tensor]:

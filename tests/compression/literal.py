@@ -91,51 +91,77 @@ def solve(
     """
     weight, hessian = weight.double().clone(), hessian.double().clone()
     rows, columns = weight.shape
-    for column in range(columns):
-        if hessian[column, column] == 0.0:
-            hessian[column, column] = 1.0
-            weight[:, column] = 0.0
+    _drop_dead_inputs(weight, hessian)
     order = list(range(columns))
     if act_order:
         order.sort(key=lambda column: -float(hessian[column, column]))
     group = (rounding.group if rounding else None) or columns
-    fits: dict[tuple[int, int], tuple[float, int]] = {}
-    if rounding and act_order:
-        for row in range(rows):
-            for place in range(columns // group):
-                inside = range(place * group, (place + 1) * group)
-                left = [float(weight[row, c]) if mask is None or mask[row, c] else 0.0 for c in inside]
-                fits[row, place] = fitted(left, rounding)
-    hessian = hessian[order][:, order]
-    inverse = torch.linalg.inv(hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64))
-    upper = torch.linalg.cholesky(inverse).T
     keep = torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask.clone()
+    fits: Fits = {}
+    if rounding and act_order:
+        for first in range(0, columns, group):
+            _fit_group(fits, weight, keep, first, group, rounding)
+    upper = _upper_root_of_inverse(hessian[order][:, order], damping)
     result = Solution(torch.zeros_like(weight), keep, torch.zeros_like(weight))
     for step, column in enumerate(order):
-        if thinning and thinning.pattern is None and step % block == 0:
-            _thin_block(weight, keep, upper, order, step, min(block, columns - step), thinning.sparsity)
-        if thinning and thinning.pattern and step % thinning.pattern[1] == 0:
-            for row in range(rows):
-                _thin_neighbours(weight, keep, upper, row, step, *thinning.pattern)
+        if thinning:
+            _thin(weight, keep, upper, order, step, block, thinning)
+        if rounding and not act_order and step % group == 0:
+            _fit_group(fits, weight, keep, step, group, rounding)
         for row in range(rows):
-            place = column // group
-            if rounding and not act_order and step % group == 0:
-                inside = range(step, step + group)
-                left = [float(weight[row, c]) if keep[row, c] else 0.0 for c in inside]
-                fits[row, place] = fitted(left, rounding)
-            value = float(weight[row, column])
-            if not keep[row, column]:
-                solved = 0.0
-                result.codes[row, column] = fits[row, place][1] if rounding and not rounding.fp8 else 0.0
-            elif rounding:
-                result.codes[row, column], solved = rounded(value, *fits[row, place], rounding)
-            else:
-                solved = value
-            result.weight[row, column] = solved
+            value, fit = float(weight[row, column]), fits.get((row, column // group))
+            code, solved = _solved(value, bool(keep[row, column]), fit, rounding)
+            result.codes[row, column], result.weight[row, column] = code, solved
             error = (value - solved) / float(upper[step, step])
             weight[row, order[step:]] -= error * upper[step, step:]
     result.scales = {place: scale for place, (scale, _) in fits.items()}
     return result
+
+
+Fits = dict[tuple[int, int], tuple[float, int]]
+"""(row, group) → scale and zero code."""
+
+
+def _drop_dead_inputs(weight: Tensor, hessian: Tensor) -> None:
+    """An input that is always zero: its weights do nothing, and its column stands alone."""
+    for column in range(len(hessian)):
+        if hessian[column, column] == 0.0:
+            hessian[column, column] = 1.0
+            weight[:, column] = 0.0
+
+
+def _upper_root_of_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """U with H⁻¹ = UᵀU, of the damped H."""
+    ridge = damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    return torch.linalg.cholesky(torch.linalg.inv(hessian + ridge)).T
+
+
+def _fit_group(fits: Fits, weight: Tensor, keep: Tensor, first: int, group: int, rounding: Rounding) -> None:
+    """Scales of the group of columns that begins at ``first``, from what is not known to be pruned."""
+    for row in range(len(weight)):
+        left = [float(weight[row, column]) if keep[row, column] else 0.0 for column in range(first, first + group)]
+        fits[row, first // group] = fitted(left, rounding)
+
+
+def _solved(value: float, kept: bool, fit: tuple[float, int] | None, rounding: Rounding | None) -> tuple[float, float]:
+    """The code of a weight (0 without rounding), and what the weight becomes."""
+    if rounding is None:
+        return 0.0, value if kept else 0.0
+    assert fit is not None
+    if not kept:
+        return 0.0 if rounding.fp8 else fit[1], 0.0
+    return rounded(value, *fit, rounding)
+
+
+def _thin(
+    weight: Tensor, keep: Tensor, upper: Tensor, order: list[int], step: int, block: int, thinning: Thinning
+) -> None:
+    """Choose what goes of the block, or of the n:m pattern's columns, where one begins at ``step``."""
+    if thinning.pattern is None and step % block == 0:
+        _thin_block(weight, keep, upper, order, step, min(block, len(order) - step), thinning.sparsity)
+    if thinning.pattern and step % thinning.pattern[1] == 0:
+        for row in range(len(weight)):
+            _thin_neighbours(weight, keep, upper, row, step, *thinning.pattern)
 
 
 def _thin_block(
