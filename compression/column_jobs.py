@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compression.checks import check_matrix
 from compression.matrix import Quantized
-from compression.methods.selection import pattern_of, pattern_remedy
 from compression.recipe import Pruning, Quantization
 
 
@@ -64,23 +64,10 @@ class ColumnResult:
 
 
 def check(job: ColumnJob) -> None:
-    """Raise ``ValueError`` naming the linear layer where a recipe does not fit the matrix."""
+    """Raise :class:`compression.errors.RecipeError` where a recipe does not fit the matrix."""
     assert job.prune or job.quantize, f"{job.name}: nothing to do"
     assert job.prune is None or job.mask is None, f"{job.name}: pruned already"
-    columns = job.weight.shape[1]
-    group = job.quantize.group_size if job.quantize else None
-    if group and columns % group:
-        raise ValueError(
-            f"{job.name}: quantize.group_size {group} does not divide its {columns} columns: use a divisor of"
-            f" {columns}, or leave group_size out for one scale per output channel"
-        )
-    if job.pattern and columns % pattern_of(job.pattern)[1]:
-        raise ValueError(f"{job.name}: pattern {job.pattern} does not divide its {columns} columns: {pattern_remedy()}")
-    if job.pattern and job.by_size:
-        raise ValueError(
-            f"{job.name}: pattern {job.pattern} is chosen among neighbouring columns, but quantize.act_order solves"
-            " them apart: set act_order to false, or prune by another method"
-        )
+    check_matrix(job.prune, job.quantize, job.name, job.weight.shape[1])
 
 
 def batches(jobs: Sequence[ColumnJob], most_rows: int) -> Iterator[list[int]]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from compression.column_jobs import ColumnJob
+from compression.config import pattern_of
 from compression.factor import Factor
 from compression.methods.gptq import GroupScales
-from compression.methods.selection import pattern_of
 
 RUN = 16
 """Columns that see each other's errors at once."""

@@ -33,6 +33,12 @@ def _pattern(text: str) -> str:
     return text
 
 
+def pattern_of(pattern: str) -> tuple[int, int]:
+    """The n and the m of ``n:m``."""
+    kept, _, width = pattern.partition(":")
+    return int(kept), int(width)
+
+
 Once = AfterValidator(_once)
 Sparsity = Annotated[float, Field(gt=0.0, lt=1.0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

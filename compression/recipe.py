@@ -16,6 +16,7 @@ from compression.config import (
     QuantizeConfig,
     Scope,
     StructureConfig,
+    pattern_of,
 )
 from compression.registry import PRUNING, QUANTIZATION
 from parallelism.options import Options
@@ -234,7 +235,7 @@ def _prunings(config: PruneConfig) -> Iterator[Pruning]:
         for sparsity in config.sparsity:
             yield Pruning(method=method, sparsity=sparsity, scope=scope, allocation=config.allocation)
         for pattern in config.patterns:
-            kept, width = map(int, pattern.split(":"))
+            kept, width = pattern_of(pattern)
             yield Pruning(method=method, sparsity=1 - kept / width, pattern=pattern)
 
 

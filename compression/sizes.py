@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from compression.config import Bits
+from compression.config import Bits, pattern_of
+from compression.errors import RecipeError
 from compression.measures import WIDTHS
 from compression.recipe import Pruning, Quantization, Recipe
 from compression.reduced import reduced_config
@@ -40,7 +41,7 @@ def kept_weights(shape: tuple[int, int], prune: Pruning, sparsity: float | None 
     """Weights that stay at most; methods that prune by rows round in every row. ``sparsity``: if not the recipe's."""
     rows, columns = shape
     if prune.pattern:
-        kept, width = map(int, prune.pattern.split(":"))
+        kept, width = pattern_of(prune.pattern)
         return rows * min(columns, math.ceil(columns / width) * kept)
     share = prune.sparsity if sparsity is None else sparsity
     return min(rows * columns, rows * columns - math.floor(share * rows * columns) + rows)
@@ -66,8 +67,10 @@ def fixed_bytes(config: ModelConfig, recipe: Recipe) -> int:
     return total
 
 
-def check_target(config: ModelConfig, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ``ValueError`` where ``quantize.target_bytes`` cannot be met at any width.
+def target_problems(
+    config: ModelConfig, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[RecipeError]:
+    """Whether ``quantize.target_bytes`` cannot be met at any width.
 
     ``shapes``: the linear layers that are left of the model, name → (out, in).
     """
@@ -77,10 +80,11 @@ def check_target(config: ModelConfig, recipe: Recipe, shapes: Mapping[str, tuple
     fixed, least = fixed_bytes(config, recipe), min(WIDTHS)
     smallest = fixed + sum(matrix_bytes(shape, least, quantize, _kept(recipe, shape)) for shape in shapes.values())
     if smallest > quantize.target_bytes:
-        raise ValueError(
-            f"quantize.target_bytes {quantize.target_bytes} is less than {smallest}, the size at {least} bits"
-            f" everywhere ({fixed} of it embeddings, norms and header): raise it, or lower quantize.embedding_bits"
+        problem = (
+            f"is less than {smallest}, the size at {least} bits everywhere ({fixed} of it embeddings, norms and header)"
         )
+        hint = "raise it, or lower quantize.embedding_bits"
+        yield RecipeError("quantize.target_bytes", quantize.target_bytes, problem, hint)
 
 
 def cost_in_bytes(

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from compression.checks import check_exports
+from compression.checks import check_exports, grid_problems, recipe_problems
+from compression.errors import RecipeError
 from compression.recipe import grid
 from launcher.backends.base import BACKENDS
 from launcher.cluster import Cluster
@@ -26,15 +27,17 @@ BYTE_VOCABULARY = 257
 """256 bytes and the end of a document."""
 FREE_DISK_SHARE = 0.95
 PROFILES = ("default",)
-GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 
 
 def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
     """The job's plan. Raises :class:`launcher.problems.SpecError` with all problems; writes nothing."""
     problems = [*_execution_problems(spec, cluster), *_home_problems(home)]
+    problems += [_recipe_problem(error) for error in grid_problems(spec.compression)]
     facts, vocab_size = _read_data(spec, problems)
     models = _models(spec, vocab_size, problems)
-    problems += [problem for index, model in models.items() for problem in _compression_problems(spec, index, model)]
+    for index, model in models.items():
+        problems += _compression_problems(spec, index, model, vocabulary_known=vocab_size is not None)
+        problems += _export_problems(spec, index, model)
     plan = _plan(spec, cluster, models, vocab_size, facts, problems)
     if plan is not None:
         problems += _disk_problems(plan, home)
@@ -134,23 +137,25 @@ def _execution_problems(spec: JobSpec, cluster: Cluster) -> Iterator[Problem]:
         yield Problem("execution.threads_per_rank", execution.threads_per_rank, what, f"use {cores} or fewer")
 
 
-def _compression_problems(spec: JobSpec, index: int, model: ModelConfig) -> Iterator[Problem]:
-    """A group of columns that shares a scale has to fit into every matrix, and the model into what is exported."""
-    name = spec.candidates[index].name
-    size = spec.compression.quantize.group_size if spec.compression.quantize else None
-    linear = {
-        tensor.removeprefix("layers.0."): shape[1]
-        for tensor, shape in model.model_copy(update={"layers": 1}).parameter_shapes().items()
-        if tensor.startswith("layers.0.") and len(shape) == 2
-    }
-    wrong = [tensor for tensor, columns in linear.items() if size and columns % size]
-    if wrong:
-        legal = [str(width) for width in GROUP_SIZES if all(columns % width == 0 for columns in linear.values())]
-        use = f"use {', '.join(legal)}, or " if legal else ""
-        what = f"does not divide the {linear[wrong[0]]} columns of {wrong[0]} of candidate {name!r}"
-        yield Problem(
-            "compression.quantize.group_size", size, what, f"{use}leave it out for one scale per output channel"
-        )
+def _compression_problems(
+    spec: JobSpec, index: int, model: ModelConfig, *, vocabulary_known: bool
+) -> Iterator[Problem]:
+    """What keeps the grid's recipes off a candidate's matrices; sizes are told where its vocabulary is known."""
+    candidate = spec.candidates[index]
+    try:
+        for error in recipe_problems(model, grid(spec.compression)):
+            if error.field != "quantize.target_bytes" or vocabulary_known or candidate.source:
+                yield _recipe_problem(error, f" (candidate {candidate.name!r})")
+    except ValueError as error:
+        yield Problem(f"candidates.{index}.model", None, str(error), "")
+
+
+def _recipe_problem(error: RecipeError, whose: str = "") -> Problem:
+    return Problem(f"compression.{error.field}", error.value, f"{error.problem}{whose}", error.remedy)
+
+
+def _export_problems(spec: JobSpec, index: int, model: ModelConfig) -> Iterator[Problem]:
+    """Whether what is exported has a form that others load."""
     if spec.export.variants != "none":
         try:
             check_exports(model, grid(spec.compression), spec.export.format)

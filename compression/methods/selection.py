@@ -5,6 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from compression.config import pattern_of
+
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
     """Mask [rows, columns] that drops the ``count`` smallest scores of every row; of equal ones the first go."""
@@ -40,22 +42,9 @@ def _earlier(count: int, device: torch.device) -> Tensor:
 def keep_pattern(scores: Tensor, pattern: str) -> Tensor:
     """Mask [rows, columns] that keeps the n largest of every m neighbouring columns, ``pattern`` being ``n:m``.
 
-    Raises ``ValueError`` where m does not divide the columns.
+    m divides the columns (:mod:`compression.checks`).
     """
     kept, width = pattern_of(pattern)
     rows, columns = scores.shape
-    if columns % width:
-        raise ValueError(f"prune.patterns {pattern}: {width} does not divide the {columns} columns; {pattern_remedy()}")
     groups = scores.view(rows, columns // width, width)
     return keep_of_each(groups.movedim(2, 0), kept).movedim(0, 2).reshape(rows, columns)
-
-
-def pattern_of(pattern: str) -> tuple[int, int]:
-    """The n and the m of ``n:m``."""
-    kept, _, width = pattern.partition(":")
-    return int(kept), int(width)
-
-
-def pattern_remedy() -> str:
-    """What a user can do about a pattern that does not fit."""
-    return "use an n:m whose m divides the columns, or a sparsity"

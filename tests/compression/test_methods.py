@@ -72,11 +72,6 @@ def test_a_pattern_keeps_the_largest_of_neighbours(pattern: str) -> None:
     assert ties[0].mask.int().tolist() == [[0] * (width - kept) + [1] * kept]
 
 
-def test_a_pattern_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="2:5: 5 does not divide the 48 columns; use an n:m"):
-        prune(WEIGHT, [Pruning(method="magnitude", sparsity=0.6, pattern="2:5")])
-
-
 def test_recipes_solved_together_are_bit_identical_to_recipes_alone() -> None:
     sparsities = [0.2, 0.5, 0.8]
     together = prune(WEIGHT, [_pruning(sparsity) for sparsity in sparsities])

@@ -234,7 +234,7 @@ def test_a_group_that_does_not_divide_is_refused_before_anything_is_written(tmp_
 def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
     checkpoint = made.write_checkpoint(tmp_path / "checkpoint", made.LLAMA, made.weights(made.LLAMA))
     recipes = [Recipe(), Recipe(embedding_bits=8)]
-    with pytest.raises(ValueError, match="the grid holds dense twice"):
+    with pytest.raises(ValueError, match="makes a second recipe called dense"):
         tasks.compress_outer(str(checkpoint), recipes, str(tmp_path / "out"))
 
 

@@ -355,6 +355,66 @@ BROKEN = [
         "use 32, 16, 8, or leave it out",
     ),
     Broken(
+        "groups that do not divide what a structure leaves",
+        {"compression.structure": {"neurons": [0.4]}, "compression.combine": True},
+        "compression.quantize.group_size",
+        "32",
+        "the 112 columns of layers.0.mlp.down.weight after neurons-s40 (candidate 'small'); use 16, 8, or leave it out",
+    ),
+    Broken(
+        "a pattern that does not divide the columns",
+        {"compression.prune": {"methods": ["magnitude"], "patterns": ["2:5"]}},
+        "compression.prune.patterns",
+        "2:5",
+        "the 64 columns of layers.0.attention.q.weight (candidate 'small'); use an n:m whose m divides",
+    ),
+    Broken(
+        "a pattern by columns with their order changed",
+        {
+            "compression.prune": {"methods": ["sparsegpt"], "patterns": ["2:4"]},
+            "compression.quantize": {"methods": ["gptq"], "bits": [4], "act_order": True},
+            "compression.combine": True,
+        },
+        "compression.quantize.act_order",
+        "True",
+        "set act_order to false, or prune by another method",
+    ),
+    Broken(
+        "a size that no width meets",
+        {"compression.quantize.target_bytes": [20000]},
+        "compression.quantize.target_bytes",
+        "20000",
+        "the size at 2 bits everywhere",
+    ),
+    Broken(
+        "recovery of a recipe that is not there",
+        {"compression.recover": {"budget_fraction": 0.1, "recipes": ["rtn-w8g32", "rtn-w4g23"]}},
+        "compression.recover.recipes.1",
+        "rtn-w4g23",
+        "did you mean 'rtn-w4g32'?",
+    ),
+    Broken(
+        "recovery of what is recovered",
+        {"compression.recover": {"budget_fraction": 0.1, "recipes": ["rtn-w8g32-recovered"]}},
+        "compression.recover.recipes.0",
+        "recovered",
+        "did you mean 'rtn-w8g32'?",
+    ),
+    Broken(
+        "two strengths of one name",
+        {"compression.prune": {"methods": ["magnitude", "wanda"], "sparsity": [0.5, 0.5000001]}},
+        "compression.prune.sparsity",
+        "0.5000001",
+        "makes a second recipe called wanda-s50; name every method and strength once",
+    ),
+    Broken(
+        "two structures of one name",
+        {"compression.structure": {"heads": [0.25, 0.25000001]}},
+        "compression.structure.heads",
+        "0.25000001",
+        "makes a second recipe called heads-s25",
+    ),
+    Broken(
         "more devices asked for than there are", {"execution.devices": 64}, "execution.devices", "64", "use 4 or fewer"
     ),
     Broken(
@@ -411,6 +471,28 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         "execution.backend",
         "data.train.0",
     }
+
+
+def test_a_recipe_is_complained_of_once_for_each_model(tmp_path: Path) -> None:
+    """Thirteen recipes have the group, and eight of them the pattern; both models have columns that they do not fit."""
+    changes = {
+        "compression.quantize": {"methods": ["rtn", "gptq"], "bits": [8, 4], "group_size": 40},
+        "compression.prune": {"methods": ["wanda", "magnitude"], "patterns": ["5:7"]},
+        "compression.combine": True,
+    }
+    found = problems(changed(tmp_path, changes), tmp_path / "home")
+    fields = [problem.field for problem in found]
+    assert sorted(fields) == ["compression.prune.patterns"] * 2 + ["compression.quantize.group_size"] * 2
+    assert all(f"candidate '{name}'" in str(found) for name in ("small", "large"))
+
+
+def test_a_size_is_not_judged_by_a_vocabulary_that_nobody_knows(tmp_path: Path) -> None:
+    document = changed(tmp_path, {"compression.quantize.target_bytes": [300_000]})
+    document["candidates"].pop()
+    check(parse_spec(document), cluster(), tmp_path / "home")
+    document["data"]["tokenizer"] = {"kind": "file", "path": str(tmp_path / "tokenizer.json")}
+    (problem,) = problems(document, tmp_path / "home")
+    assert problem.field == "data.tokenizer.path"
 
 
 def test_a_candidate_keeps_its_place_where_one_before_it_has_no_model(tmp_path: Path) -> None:
