@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from parallelism import agreement
 from parallelism.budget import Progress
-from parallelism.checkpoint import AsyncSaver, CheckpointError, save
+from parallelism.checkpoint import AsyncSaver, save
+from parallelism.checkpoint_files import CheckpointError
 from parallelism.checkpoint_store import CheckpointStore, Metrics
 from parallelism.engines.base import Engine
 from parallelism.result import LastCheckpointError, Report

@@ -1,7 +1,7 @@
 """A checkpoint from a plain process: no process group, no megatron-core, one layer of weights in memory at a time.
 
-What is written has the form of :mod:`parallelism.checkpoint` without an optimizer: training can start from it at any
-layout and with any engine (:func:`parallelism.checkpoint.load_weights`), and layers can be read from it.
+What is written has the form of :mod:`parallelism.checkpoint_files` without an optimizer: training can start from it at
+any layout and with any engine (:func:`parallelism.checkpoint.load_weights`), and layers can be read from it.
 """
 
 import json
@@ -9,9 +9,8 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,21 +26,12 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from parallelism.budget import Progress
+from parallelism.checkpoint_files import COMMON, COMPLETE, FORMAT, common_state, read_common
 from parallelism.checkpoint_store import CheckpointInfo, declare_complete, read_info
 from parallelism.layer_reader import LAYER_PREFIX, plain_family
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
 from parallelism.training import TrainingConfig
-
-COMMON = "common.pt"
-SHARDED = "metadata.json"
-"""megatron-core's names; the second marks the sharded files as complete."""
-FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class Weights(Protocol):
@@ -72,9 +62,9 @@ def write_checkpoint(weights: Weights, directory: str | Path, fingerprint: str) 
     draft.mkdir(parents=True)
     try:
         _write_tensors(weights, draft)
-        common = _common(weights.config) | {"source": fingerprint}
+        common = common_state(weights.config, Layout(), Progress(), ranks=(), seed=0) | {"source": fingerprint}
         _write_synced(draft / COMMON, lambda path: torch.save(common, path))
-        _write_synced(draft / SHARDED, lambda path: path.write_text(json.dumps(FORMAT), encoding="utf-8"))
+        _write_synced(draft / COMPLETE, lambda path: path.write_text(json.dumps(FORMAT), encoding="utf-8"))
         declare_complete(
             draft,
             progress=Progress(),
@@ -97,8 +87,7 @@ def _holds(directory: Path, fingerprint: str) -> bool:
         read_info(directory)
     except ValueError:
         return False
-    common: dict[str, Any] = torch.load(directory / COMMON, weights_only=True)
-    return common.get("source") == fingerprint
+    return read_common(directory).get("source") == fingerprint
 
 
 def _take_place(draft: Path, directory: Path, fingerprint: str) -> None:
@@ -161,17 +150,6 @@ def _entry(tensor: Tensor) -> TensorStorageMetadata:
 def _chunk(tensor: Tensor) -> ChunkStorageMetadata:
     """The whole tensor as its only shard."""
     return ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.size())
-
-
-def _common(config: ModelConfig) -> dict[str, Any]:
-    """What the checkpoint says of itself; no ranks had random states that could be restored."""
-    return {
-        "progress": asdict(Progress()),
-        "model": config.model_dump(mode="json"),
-        "layout": Layout().model_dump(mode="json"),
-        "ranks": [],
-        "seed": 0,
-    }
 
 
 def _write_synced(path: Path, write: Callable[[Path], object]) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -198,6 +198,12 @@ def random_state() -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state(),
         "tensor_parallel": dict(get_cuda_rng_tracker().get_states()),
     }
+
+
+def random_state_key(rank: int, world_size: int) -> str:
+    """The name under which a rank's random states are stored."""
+    key: str = ShardedObject("random_state", None, (world_size,), (rank,)).unique_key
+    return key
 
 
 def restore_random_state(saved: dict[str, Any]) -> None:

@@ -140,14 +140,14 @@ class _Rank:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        from parallelism import checkpoint
+        from parallelism import checkpoint_writing
         from parallelism.checkpoint_store import CheckpointStore
         from parallelism.watchdog import Watchdog
 
         places: Sequence[tuple[Any, str, Callable[[Any], Any]]] = (
             (Watchdog, "stepped", self._around_step),
-            (checkpoint._Pending, "__init__", self._around_snapshot),
-            (checkpoint._Snapshot, "resolve_data", self._around_data),
+            (checkpoint_writing.Pending, "__init__", self._around_snapshot),
+            (checkpoint_writing.Snapshot, "resolve_data", self._around_data),
             (CheckpointStore, "commit", self._around_commit),
         )
         with ExitStack() as stack:

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from parallelism import checkpoint_files
 from parallelism.budget import Budget, Progress
 from parallelism.checkpoint_store import MANIFEST, CheckpointStore, Metrics, read_info, read_model
 from parallelism.layout import Layout
@@ -45,6 +47,14 @@ def written(store, epoch, step, content=b"weights"):
 
 def committed(store, epoch, step):
     return store.commit(written(store, epoch, step), task(store.root, epoch), progress(step), Metrics(train_loss=2.5))
+
+
+def test_the_names_and_the_format_are_megatron_cores():
+    from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+
+    assert (checkpoint_files.COMMON, checkpoint_files.COMPLETE) == (COMMON_STATE_FNAME, CONFIG_FNAME)
+    assert asdict(CheckpointingConfig("torch_dist")) == checkpoint_files.FORMAT
 
 
 def test_what_is_committed_reads_back(tmp_path):

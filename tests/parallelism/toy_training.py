@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from parallelism.budget import Budget, Burnt, Progress, Stopwatch
-from parallelism.checkpoint import CheckpointError
+from parallelism.checkpoint_files import CheckpointError
 from parallelism.checkpoint_store import CheckpointStore, Metrics, read_info
 from parallelism.checkpoints import Checkpoints, Start
 from parallelism.engines.base import StepResult

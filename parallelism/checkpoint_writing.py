@@ -1,0 +1,250 @@
+"""Writing a checkpoint: every rank writes what it holds, in its own process or in one forked from it.
+
+A forked process's memory is a snapshot (copy on write), so that training goes on beside it. Tensors are never gathered.
+"""
+
+import gc
+import io
+import json
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from parallelism import device
+from parallelism.budget import Progress
+from parallelism.checkpoint_files import COMMON, COMPLETE, FORMAT, agree, common_state, ranks_of
+from parallelism.engines.state import random_state, random_state_key
+from parallelism.layout import Layout
+from parallelism.models.base import ModelConfig
+
+Outcome = list[WriteResult] | str
+"""What a rank wrote, or why it could not."""
+
+
+class Savable(Protocol):
+    """What a checkpoint needs of an engine; see :class:`parallelism.engines.base.Engine`."""
+
+    layout: Layout
+    config: ModelConfig
+    seed: int
+
+    def sharded_state(self) -> list[ShardedTensor]:
+        """Pieces that alias weights and optimizer."""
+
+    def restored(self, step: int) -> None:
+        """The pieces have been filled."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A complete checkpoint and the seconds from the beginning of its save to its end."""
+
+    directory: Path
+    seconds: float
+
+
+class Pending:
+    """One save: what this rank writes and, on rank 0, the metadata of the whole."""
+
+    def __init__(self, engine: Savable, progress: Progress, directory: Path) -> None:
+        self._started = time.perf_counter()
+        self._directory = directory
+        self._common = common_state(engine.config, engine.layout, progress, ranks_of(engine.layout), engine.seed)
+        agree(_make_directory(directory) if dist.get_rank() == 0 else None)
+        self._planner = Snapshot(engine.sharded_state())
+        self._plan, self._metadata = _global_plan(self._planner.create_local_plan())
+        # Copying ahead would ask for a CUDA stream, which a forked process must not; the snapshot is on the host.
+        self._writer = FileSystemWriter(directory, per_thread_copy_ahead=0)
+        self._plan = self._writer.prepare_global_plan([SavePlan([])] * dist.get_rank() + [self._plan])[-1]
+
+    def write(self) -> Outcome:
+        """Write this rank's file."""
+        try:
+            return self._writer.write_data(self._plan, self._planner).wait()
+        except (OSError, RuntimeError) as error:  # torch's serialisation turns a full disk into a RuntimeError
+            return f"{type(error).__name__}: {error}"
+
+    def finish(self, outcome: Outcome) -> Written:
+        """Complete the checkpoint when all ranks have written. Collective."""
+        outcomes: list[Outcome] | None = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(outcome, outcomes)
+        agree(self._complete(outcomes) if outcomes is not None else None)
+        return Written(self._directory, time.perf_counter() - self._started)
+
+    def _complete(self, outcomes: list[Outcome]) -> str | None:
+        failures = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+        if failures:
+            return "; ".join(failures)
+        try:
+            self._writer.finish(self._metadata, [outcome for outcome in outcomes if not isinstance(outcome, str)])
+            with (self._directory / COMMON).open("wb") as file:
+                torch.save(self._common, file)
+                os.fsync(file.fileno())
+            _write_config(self._directory / COMPLETE)
+        except (OSError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+class Snapshot(DefaultSavePlanner):
+    """Hands this rank's tensors and random state to torch's writer."""
+
+    def __init__(self, pieces: Sequence[ShardedTensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors = {
+            (piece.key, tuple(piece.global_offset)): _on_host(piece.data)
+            for piece in pieces
+            if is_main_replica(piece.replica_id)
+        }
+        self._shapes = {piece.key: torch.Size(piece.global_shape) for piece in pieces}
+        self._random_state_key = random_state_key(dist.get_rank(), dist.get_world_size())
+        self._random_state = io.BytesIO()
+        torch.save([random_state()], self._random_state)  # a list: megatron-core stores objects so
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(self._random_state_key), WriteItemType.BYTE_IO)]
+        for (key, offset), tensor in self._tensors.items():
+            chunk = ChunkStorageMetadata(torch.Size(offset), tensor.size())
+            data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), self._shapes[key])
+            items.append(WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return self._random_state
+        assert write_item.index.offset is not None
+        return self._tensors[write_item.index.fqn, tuple(write_item.index.offset)]
+
+
+class Writer:
+    """A forked process that writes one rank's part; it never outlives its parent."""
+
+    def __init__(self, pending: Pending, timeout_seconds: float) -> None:
+        self._deadline = time.monotonic() + timeout_seconds
+        self._timeout_seconds = timeout_seconds
+        self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
+        self._status: int | None = None
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _write_in_child(pending, self._result, parent)
+
+    def ended(self) -> bool:
+        """Whether the process is gone; one that is past its time is killed."""
+        if self._status is None:
+            self._reap(os.WNOHANG)
+        if self._status is None and time.monotonic() > self._deadline:
+            self.kill()
+        return self._status is not None
+
+    def outcome(self) -> Outcome:
+        """Wait for the process and return what it wrote."""
+        while not self.ended():
+            time.sleep(0.005)
+        self._result.seek(0)
+        content = self._result.read()
+        self._result.close()
+        if self._status == 0 and content:
+            outcome: Outcome = pickle.loads(content)
+            return outcome
+        if time.monotonic() > self._deadline:
+            return f"the writing process was ended after {self._timeout_seconds:g} s"
+        return f"the writing process ended with status {self._status} (negative: by that signal)"
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self._status is None:
+            os.kill(self._pid, signal.SIGKILL)
+            self._reap(0)
+
+    def _reap(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(self._pid, options)
+        except ChildProcessError:  # something else in this process reaps children: the result says how it went
+            self._status = 0
+            return
+        if pid:
+            self._status = os.waitstatus_to_exitcode(status)
+
+
+def _write_in_child(pending: Pending, result: IO[bytes], parent: int) -> None:
+    """The life of the forked process; it leaves without the clean-up that belongs to its parent."""
+    code = 1
+    try:
+        device.die_with_parent(parent)
+        # Stopping the training must not tear the checkpoint: the parent waits for it, or dies and takes it along.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        gc.disable()  # what it would collect belongs to the parent
+        torch.set_num_threads(1)  # OpenMP's threads do not exist in a forked process
+        pickle.dump(pending.write(), result)
+        result.flush()
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def _make_directory(directory: Path) -> str | None:
+    """Make the directory and clear what a failed save has left in it; returns what went wrong."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / COMPLETE).exists():
+            return f"{directory} already holds a complete checkpoint"
+        for pattern in ("*.distcp", ".metadata*", COMMON):
+            for file in directory.glob(pattern):
+                file.unlink()
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _global_plan(local: SavePlan) -> tuple[SavePlan, Metadata]:
+    """This rank's plan with its place in the whole and, on rank 0, the metadata of the whole. Collective."""
+    plans: list[SavePlan] | None = [local] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(local, plans)
+    if plans is None:
+        return local, Metadata({})
+    _, metadata = create_default_global_save_plan(plans)
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            written = sum(chunk.sizes.numel() for chunk in stored.chunks)
+            assert written == stored.size.numel(), f"{key}: {written} elements are written of {stored.size.numel()}"
+    return local, metadata
+
+
+def _write_config(path: Path) -> None:
+    """Mark the checkpoint complete, in megatron-core's words."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(FORMAT, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
