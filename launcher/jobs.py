@@ -14,7 +14,7 @@ from launcher.journal import Journal
 from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
 from launcher.processes import end_processes
 from launcher.spec import JobSpec
-from launcher.states import FINAL, JobState, can_continue
+from launcher.states import FINAL, RESTING, JobState, can_continue
 from launcher.tracking import FeederProcess
 
 POLL_SECONDS = 0.3
@@ -135,7 +135,7 @@ class Supervisor:
             assert decision is not None
             if isinstance(decision, GiveUp):
                 last_words = self._backend.logs(handle, self._journal, lines=5)
-                return self._rest(JobState.FAILED, f"{decision.reason}\n{last_words}".strip())
+                return rest_job(self._journal, JobState.FAILED, f"{decision.reason}\n{last_words}".strip())
             self._fruitless = decision.consecutive
             time.sleep(decision.after_seconds)
 
@@ -149,18 +149,22 @@ class Supervisor:
     def _settle(self, reason: str) -> JobState:
         """The coordinator was ended by force after somebody had asked it to stop."""
         if self._journal.desired() == "cancel":
-            return self._rest(JobState.CANCELLED, None)
-        return self._rest(JobState.INTERRUPTED, f"stopped before the last checkpoint: {reason}")
+            return rest_job(self._journal, JobState.CANCELLED, None)
+        return rest_job(self._journal, JobState.INTERRUPTED, f"stopped before the last checkpoint: {reason}")
 
-    def _rest(self, state: JobState, error: str | None) -> JobState:
-        """Fence out whatever may be left of the last attempt, and say how the job rests."""
-        self._journal.claim_epoch("supervisor")
-        self._journal.set_state(JobState.STARTING)
-        if state is JobState.CANCELLED:
-            self._journal.set_state(JobState.CANCELLING)
-        self._journal.append("job_finished", {"state": state.value, "error": error})
-        self._journal.set_state(state, **({"error": error} if error else {}))
+
+def rest_job(journal: Journal, state: JobState, error: str | None) -> JobState:
+    """Fence out whatever may be left of the last attempt, and say how the job rests."""
+    journal.claim_epoch("supervisor")
+    if state is JobState.CANCELLED and journal.state() in (RESTING | {JobState.SUBMITTED}):
+        journal.set_state(state)  # nothing was under way
         return state
+    journal.set_state(JobState.STARTING)
+    if state is JobState.CANCELLED:
+        journal.set_state(JobState.CANCELLING)
+    journal.append("job_finished", {"state": state.value, "error": error})
+    journal.set_state(state, **({"error": error} if error else {}))
+    return state
 
 
 def stop_job(home: Home, job_id: str, *, cancel: bool = False) -> None:

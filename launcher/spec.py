@@ -145,14 +145,20 @@ def load_spec(path: str | Path) -> JobSpec:
     """Read a YAML (or JSON) job file. Raises :class:`launcher.problems.SpecError` with all that is wrong with it."""
     source = str(path)
     try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = Path(path).read_bytes()
     except OSError as error:
         raise SpecError([Problem("", source, error.strerror or str(error), "name a job file that exists")]) from error
+    return parse_spec(read_yaml(content, source), source)
+
+
+def read_yaml(content: bytes, source: str = "the job") -> object:
+    """What a YAML (or JSON) text holds. Raises :class:`launcher.problems.SpecError` where it cannot be read."""
+    try:
+        return yaml.load(content.decode("utf-8"), Loader=_StrictLoader)
     except UnicodeDecodeError as error:
         raise SpecError([Problem("", source, f"not UTF-8 text (byte {error.start})", "save it as UTF-8")]) from error
     except yaml.YAMLError as error:
         raise SpecError([of_yaml(error, source)]) from error
-    return parse_spec(document, source)
 
 
 def parse_spec(document: object, source: str = "the job") -> JobSpec:

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def submit(self, journal: Journal) -> Handle:
         """Start one coordinator for the job. Raises ``ValueError`` where the back-end refuses."""
 
+    def find(self, journal: Journal) -> Handle | None:
+        """The submission of this job that has not ended, if there is one: who starts a coordinator asks first."""
+
     def status(self, handle: Handle) -> BackendStatus:
         """Where the submission stands."""
 

@@ -56,6 +56,16 @@ class LocalBackend:
         self._children[child.pid] = child
         return {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "ray_dir": str(ray_dir)}
 
+    def find(self, journal: Journal) -> Handle | None:
+        """The coordinator that works on the job already, whoever started it."""
+        wanted = str(journal.directory)
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            command = process.info["cmdline"] or []
+            if command[1:4] == ["-m", self._module, wanted] and process.status() != psutil.STATUS_ZOMBIE:
+                ray_dir = command[command.index("--ray-dir") + 1]
+                return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": ray_dir}
+        return None
+
     def status(self, handle: Handle) -> BackendStatus:
         """Where the coordinator stands. Once it has ended, what it may have left behind is ended, too."""
         child = self._children.get(handle["pid"])

@@ -1,5 +1,7 @@
 """The plan that training follows, made once: what a restart computed anew could differ in a last digit. Torch-free."""
 
+from collections.abc import Mapping
+
 from launcher.cluster import Cluster, local_cluster
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
@@ -7,28 +9,34 @@ from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
 from launcher.session import Room
 from launcher.spec import CandidateSpec, JobSpec
 from launcher.stages.prepare import STAGE as PREPARE
+from parallelism.layout import Layout
 
 STAGE, DOCUMENT = "plan", "plan"
+LAYOUTS = "layouts"
+"""The document with the layouts that the job's owner asked for after it was submitted: candidate → layout."""
 
 
 def plan(job: JobContext) -> None:
     """Settle every candidate's model, layout and batch.
 
     The plan that the job was submitted with stands, as long as it fits the tokenizer and the cluster. On a smaller
-    cluster candidates get other layouts, but the same model, batch and learning rate, so that training can go on.
+    cluster, or where the owner asked for it since, candidates get other layouts, but the same model, batch and learning
+    rate, so that training can go on.
     """
     prepared = job.journal.stage(PREPARE)
     assert prepared is not None
     vocab_size: int = prepared.outputs["vocab_size"]
-    inputs = hash_inputs(STAGE, prepared.inputs_hash, job.spec.model_dump(mode="json"), job.room.devices)
+    wished = {name: Layout.model_validate(row) for name, row in (job.journal.document(LAYOUTS) or {}).items()}
+    spec = with_layouts(job.spec, wished)
+    inputs = hash_inputs(STAGE, prepared.inputs_hash, spec.model_dump(mode="json"), job.room.devices)
     if job.journal.stage_done(STAGE, inputs):
         return
     with job.stage(STAGE) as clock:
         document = job.journal.document(DOCUMENT)
         settled = read_plan(document) if document else None
-        if settled is None or not _suits(settled, vocab_size, job.room):
-            cluster = _cluster(job.spec, job.room)
-            settled = make_plan(_with_settled_training(job.spec, settled, vocab_size), cluster, vocab_size)
+        if settled is None or not _suits(settled, vocab_size, job.room) or not _as_wished(settled, wished):
+            cluster = _cluster(spec, job.room)
+            settled = make_plan(_with_settled_training(spec, settled, vocab_size), cluster, vocab_size)
         plan_document = settled.model_dump(mode="json")
         job.journal.write_document(DOCUMENT, plan_document)
         job.journal.commit_stage(STAGE, inputs, {"plan": plan_document}, clock.seconds())
@@ -51,6 +59,19 @@ def _suits(settled: Plan, vocab_size: int, room: Room) -> bool:
         candidate.model.vocab_size == vocab_size and candidate.layout.world_size <= room.devices
         for candidate in settled.candidates
     )
+
+
+def with_layouts(spec: JobSpec, layouts: Mapping[str, Layout]) -> JobSpec:
+    """The spec with other layouts for the candidates that are named."""
+    candidates = [
+        candidate.model_copy(update={"layout": layouts.get(candidate.name, candidate.layout)})
+        for candidate in spec.candidates
+    ]
+    return spec.model_copy(update={"candidates": candidates})
+
+
+def _as_wished(settled: Plan, wished: Mapping[str, Layout]) -> bool:
+    return all(one.layout == wished.get(one.name, one.layout) for one in settled.candidates)
 
 
 def _with_settled_training(spec: JobSpec, settled: Plan | None, vocab_size: int) -> JobSpec:

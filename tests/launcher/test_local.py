@@ -81,6 +81,20 @@ def test_another_process_can_ask_for_a_submission_by_its_handle(tmp_path: Path) 
     assert other.status(handle | {"created": 1.0}).phase is Phase.ENDED
 
 
+def test_a_coordinator_is_found_by_the_job_it_works_on(tmp_path: Path) -> None:
+    journal, backend = new_journal(tmp_path), LocalBackend("tests.launcher.sleeper")
+    handle = backend.submit(journal)
+    try:
+        found = LocalBackend("tests.launcher.sleeper").find(journal)
+        assert found is not None
+        assert (found["pid"], found["ray_dir"]) == (handle["pid"], handle["ray_dir"])
+        assert found["created"] == pytest.approx(handle["created"], abs=0.1)
+        assert backend.find(Journal(tmp_path / "another")) is None
+    finally:
+        backend.stop(handle, 0)
+    assert backend.find(journal) is None
+
+
 def test_a_submission_that_ends_tells_its_exit_code(tmp_path: Path) -> None:
     journal, backend = new_journal(tmp_path), LocalBackend("tests.launcher.no_such_module")
     handle = backend.submit(journal)
