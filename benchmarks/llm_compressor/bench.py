@@ -1,10 +1,9 @@
 """Twelve recipes: our engine beside llm-compressor, on the same exported model, tokens and machine.
 
-The models are trained here by the product (the 5M one is the first of ``benchmarks/reference``), and exported as Hugging
-Face directories. Both sides calibrate on the same 64 x 256 tokens and are measured on the same held-out ones, each in
-processes of its own, one after the other, with the same threads. llm-compressor gets batches of eight sequences, which
-is faster than its default. Its virtual environment is made at ``--peer`` where there is none.
-Writes ``../results/llm_compressor.json``; limits are those that the project has set itself.
+The models are trained here by the product (the 5M one is the first of ``benchmarks/reference``), and exported as
+Hugging Face directories. Both sides calibrate on the same 64 x 256 tokens and are measured on the same held-out ones,
+each in processes of its own, one after the other, with the same threads. llm-compressor gets batches of eight
+sequences, which is faster than its default. Its virtual environment is made at ``--peer`` where there is none. Writes ``../results/llm_compressor.json``; limits are those that the project has set itself.
 
     python benchmarks/llm_compressor/bench.py [--peer DIR] [--home DIR] [--threads 2] [MODEL ...]
 """
@@ -19,8 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
@@ -29,6 +27,7 @@ from compression.export import export
 from compression.recipe import Pruning, Quantization, Recipe
 from parallelism.data.batches import TokenBatches
 
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "llm_compressor.json"
 LENGTH, CALIBRATION, HELD_OUT = 256, 64, 128
 SINGLE = "gptq-w4g64"
@@ -130,7 +129,7 @@ def measure(work: Path, peer: Path, threads: int, dense: float) -> dict[str, Any
 
     before = {mode: ours(mode) for mode in (SINGLE, "together", "sequential")}
     command = [peer, HERE / "peer.py", *files]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
     theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{")]
     after = {mode: ours(mode) for mode in (SINGLE, "together")}
     total = sum(row["seconds"] for row in theirs)

@@ -1,7 +1,7 @@
 """llm-compressor on a list of recipes: runs in its own virtual environment and imports nothing of Espalier.
 
-Every recipe is a call of ``oneshot`` on the model loaded anew, as its users do it; its seconds are those from before the
-model is loaded until it is compressed (importing, saving and evaluating are left out). One line of JSON per recipe.
+Every recipe is a call of ``oneshot`` on the model loaded anew, as its users do it; its seconds are those from before
+the model is loaded until it is compressed (importing, saving and evaluating are left out). A line of JSON per recipe.
 
     python peer.py WORK RECIPES.json
 """
