@@ -3,7 +3,8 @@
 The models are trained here by the product (the 5M one is the first of ``benchmarks/reference``), and exported as
 Hugging Face directories. Both sides calibrate on the same 64 x 256 tokens and are measured on the same held-out ones,
 each in processes of its own, one after the other, with the same threads. llm-compressor gets batches of eight
-sequences, which is faster than its default. Its virtual environment is made at ``--peer`` where there is none. Writes ``../results/llm_compressor.json``; limits are those that the project has set itself.
+sequences, which is faster than its default. Its virtual environment is made at ``--peer`` where there is none. Writes
+``../results/llm_compressor.json``; limits are those that the project has set itself.
 
     python benchmarks/llm_compressor/bench.py [--peer DIR] [--home DIR] [--threads 2] [MODEL ...]
 """

@@ -2,7 +2,8 @@
 
 Every case starts its ranks as fresh processes on this machine, trains three steps on random tokens, and takes each
 rank's peak resident memory above what the process held after its imports. The estimate is
-:func:`parallelism.accounting.memory_per_rank`; the figure that counts is the rank that needs most.
+:func:`parallelism.accounting.memory_per_rank`; the figure that counts is the rank that needs most. Cases of recovery
+hold zeros, compute with rounded weights, learn from a teacher of the model's own shape, or all of that.
 
     python benchmarks/memory/bench.py [CASE ...] [--json FILE]
 """
@@ -11,8 +12,9 @@ import argparse
 import json
 import multiprocessing
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from parallelism.accounting import memory_per_rank
 from parallelism.budget import Budget
 from parallelism.layout import Layout
+from parallelism.memory import Companions
+from parallelism.models.base import ModelConfig
 from parallelism.presets import resolve_model
+from parallelism.start import Rounding, StartPoint
 from parallelism.training import TrainingConfig, TrainTask
 
 STEPS = 3
@@ -41,9 +46,23 @@ class Case:
     sequence_length: int = 256
     precision: str = "fp32"
     recompute: bool = False
+    taught: bool = False
+    rounded: bool = False
 
-    def task(self) -> TrainTask:
-        """What every rank is given."""
+    def start(self, teacher: Path) -> StartPoint | None:
+        """Where a recovery begins, its teacher's checkpoint being at ``teacher``."""
+        if not (self.taught or self.rounded):
+            return None
+        rounding = Rounding(function="compression.rounding:round_weight", group_size=64, arguments={"bits": 4})
+        return StartPoint(
+            weights="unused",
+            hold_zeros=True,
+            rounding=rounding if self.rounded else None,
+            teacher=str(teacher) if self.taught else None,
+        )
+
+    def task(self, folder: Path) -> TrainTask:
+        """What every rank is given; a teacher's checkpoint is written below ``folder``."""
         training = TrainingConfig(
             global_batch=self.micro_batch * self.micro_batches * self.layout.data,
             micro_batch=self.micro_batch,
@@ -51,10 +70,14 @@ class Case:
             precision=self.precision,
             recompute=self.recompute,
         )
+        model, teacher = resolve_model(self.model, context=self.sequence_length), folder / "teacher"
+        if self.taught:
+            write_teacher(model, teacher)
         return TrainTask(
             name=self.name,
             seed=1,
-            model=resolve_model(self.model, context=self.sequence_length),
+            model=model,
+            start=self.start(teacher),
             layout=self.layout,
             training=training,
             budget=Budget(tokens=1e12),
@@ -89,6 +112,16 @@ CASES = [
     Case("wide-84m D2 bf16", WIDE, D2, precision="bf16"),
     Case("wide-84m T2 lean", WIDE, Layout(tensor=2, engine="lean"), micro_batches=1),
 ]
+RECOVERED = [
+    replace(case, name=f"{case.name} {kind}", **changes)
+    for kind, changes in {
+        "rounded": {"rounded": True},
+        "taught": {"taught": True},
+        "both": {"rounded": True, "taught": True},
+    }.items()
+    for case in CASES
+    if case.name in ("gpt2-54m T1", "deep-50m T1", "deep-50m P2", "wide-84m T2", "wide-84m D2 bf16", "wide-84m T2 lean")
+]
 
 
 def main() -> None:
@@ -99,15 +132,15 @@ def main() -> None:
     options = arguments.parse_args()
     rows = []
     print(
-        f"{'case':20} {'measured':>10} {'estimate':>10} {'error':>7}   rank above baseline, baseline (MB)", flush=True
+        f"{'case':24} {'measured':>10} {'estimate':>10} {'error':>7}   rank above baseline, baseline (MB)", flush=True
     )
-    for case in CASES:
+    for case in [*CASES, *RECOVERED]:
         if options.cases and not case.name.startswith(tuple(options.cases)):
             continue
         rows.append(row := measure(case))
         ranks = ", ".join(f"{rank['peak'] / 1e6:.0f}/{rank['baseline'] / 1e6:.0f}" for rank in row["ranks"])
         print(
-            f"{case.name:20} {row['measured_bytes'] / 1e6:10.0f} {row['estimated_bytes'] / 1e6:10.0f} "
+            f"{case.name:24} {row['measured_bytes'] / 1e6:10.0f} {row['estimated_bytes'] / 1e6:10.0f} "
             f"{row['error']:+7.1%}   {ranks}",
             flush=True,
         )
@@ -117,9 +150,11 @@ def main() -> None:
 
 def measure(case: Case) -> dict[str, Any]:
     """The largest rank's peak beside the estimate."""
-    task = case.task()
-    estimate = memory_per_rank(task.model, task.layout, task.training, task.sequence_length)
-    ranks = run(task, case)
+    with tempfile.TemporaryDirectory() as folder:
+        task = case.task(Path(folder))
+        companions = Companions(teacher=task.model if case.taught else None, rounded=case.rounded)
+        estimate = memory_per_rank(task.model, task.layout, task.training, task.sequence_length, "cpu", companions)
+        ranks = run(task, case)
     measured = max(rank["peak"] for rank in ranks)
     return {
         "case": case.name,
@@ -130,6 +165,37 @@ def measure(case: Case) -> dict[str, Any]:
         "estimate": estimate.model_dump(),
         "ranks": ranks,
     }
+
+
+def write_teacher(model: ModelConfig, directory: Path) -> None:
+    """A checkpoint of random weights."""
+    from parallelism.plain_checkpoint import write_checkpoint
+
+    write_checkpoint(RandomWeights(model), directory, "random")
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights of small size by canonical name."""
+
+    config: ModelConfig
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """One layer's, its prefix left off."""
+        prefix = f"layers.{index}."
+        shapes = self.config.parameter_shapes()
+        return {name.removeprefix(prefix): self._drawn(shapes[name]) for name in shapes if name.startswith(prefix)}
+
+    def outer(self) -> dict[str, Any]:
+        """Everything outside the layers, the vocabulary without padding."""
+        from parallelism.models.gpt.plain import outer_shapes
+
+        return {name: self._drawn(shape) for name, shape in outer_shapes(self.config).items()}
+
+    def _drawn(self, shape: tuple[int, ...]) -> Any:
+        import torch
+
+        return torch.randn(shape) * 0.02
 
 
 def run(task: TrainTask, case: Case) -> list[dict[str, Any]]:

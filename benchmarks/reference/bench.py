@@ -1,9 +1,9 @@
 """The published order of methods, on models trained here: a 5M Llama-style model, several seeds, through the product.
 
 Every seed is one job (``espalier run``): the model is trained for the given minutes of one device on the sources of
-Python's standard library, and compressed by magnitude, Wanda and SparseGPT at 60 % and 70 %, and by round-to-nearest and
-GPTQ at 4 and 3 bits with one scale per output channel. Perplexity on held-out text, mean and range over the seeds. The
-orders that the papers report (SparseGPT <= Wanda <= magnitude; GPTQ <= round-to-nearest) are checked seed by seed.
+Python's standard library, and compressed by magnitude, Wanda and SparseGPT at 60 % and 70 %, and by round-to-nearest
+and GPTQ at 4 and 3 bits with one scale per output channel. Perplexity on held-out text, mean and range over the seeds.
+The orders that the papers report (SparseGPT <= Wanda <= magnitude; GPTQ <= round-to-nearest) are checked by seed.
 Jobs are kept below ``--home`` (others take the models from there) and continued when they are there already.
 Writes ``../results/reference.json``.
 

@@ -1,4 +1,4 @@
-"""Everything that a checkpoint holds, as hashes by key: weights, optimizer state, random states."""
+"""What a run brought, as hashes: what a checkpoint holds (weights, optimizer, random states), and variants."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from compression.container import TensorFile
 
 
 def fingerprint(checkpoint: str | Path) -> dict[str, str]:
@@ -31,3 +33,12 @@ def _objects(checkpoint: Path, metadata: Metadata) -> dict[str, bytes]:
                 file.seek(place.offset)
                 found[index.fqn] = file.read(place.length)
     return found
+
+
+def tensors_checksum(variant: str | Path) -> str:
+    """SHA-256 of a compact file's tensors; its header also tells which grid it is of, and is left out."""
+    file, digest = TensorFile(variant), sha256()
+    for name in sorted(file.specs):
+        digest.update(f"{name} {file.specs[name]}".encode())
+        digest.update(file.read(name).view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -6,14 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from compression.container import TensorFile
 from launcher.context import JobContext
 from launcher.control import Control, Stopped
 from launcher.journal import Journal
@@ -24,6 +21,7 @@ from launcher.stages.planning import plan
 from launcher.stages.prepare import prepare
 from launcher.states import JobState
 from tests.compression import made
+from tests.launcher.fingerprint import tensors_checksum
 
 CONFIG = made.LLAMA.model_copy(update={"vocab_size": 257})
 GRID = {
@@ -78,15 +76,7 @@ def _run(job: JobContext) -> dict[str, str]:
     compress(job)
     job.pool.close()
     (candidate,) = dense_candidates(job)
-    return {file.name: _checksum(file.path) for file in variant_files(compressed(job, candidate))}
-
-
-def _checksum(path: str) -> str:
-    file, digest = TensorFile(path), sha256()
-    for name in sorted(file.specs):
-        digest.update(f"{name} {file.specs[name]}".encode())
-        digest.update(file.read(name).view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return {file.name: tensors_checksum(file.path) for file in variant_files(compressed(job, candidate))}
 
 
 def _kill_workers(job: JobContext, times: int, stop: threading.Event) -> list[int]:
