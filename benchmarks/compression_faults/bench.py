@@ -155,7 +155,7 @@ def run(folder: Path, name: str, kills: int, seed: int) -> dict[str, Any]:
 
 def measure(journal: Journal) -> dict[str, Any]:
     """What the journal says, and what came out."""
-    events, result = journal.events(), result_document(journal)
+    events, result = list(journal.events()), result_document(journal)
     committed = [event["layer"] for event in events if event["kind"] == "layer_compressed"]
     folder = journal.candidate_dir(CANDIDATE)
     return {

@@ -21,6 +21,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -33,6 +34,9 @@ DAMPING = 0.01
 def main() -> None:
     """Compress by every recipe."""
     work, recipes = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    if not torch.accelerator.is_available():
+        # llm-compressor 0.14.0 pins the inputs that AWQ keeps in any case, which fails where there is no accelerator.
+        IntermediatesCache.pin_memory = lambda *_arguments, **_named: None
     calibration = torch.from_numpy(np.load(work / "calibration.npy"))
     held_out = torch.from_numpy(np.load(work / "held_out.npy"))
     for name, recipe in recipes.items():
