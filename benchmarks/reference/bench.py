@@ -105,7 +105,7 @@ def training(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def perplexities(result: Mapping[str, Any]) -> dict[str, float]:
     """Recipe → perplexity on held-out text."""
-    return {row["recipe"]: row["perplexity"] for row in result["variants"]}
+    return {row["name"].partition("/")[2]: row["metrics"]["perplexity"] for row in result["variants"]}
 
 
 def follows(row: Mapping[str, float], order: Sequence[str]) -> bool:

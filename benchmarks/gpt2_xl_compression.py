@@ -1,0 +1,152 @@
+"""GPT-2 XL (1.56B parameters) compressed from its sharded checkpoint by four recipes, as a real job.
+
+The checkpoint is one that two tensor-parallel ranks wrote after a step of training (``gpt2_xl.py``). The job names it
+as its source, and calibrates, solves, assembles and evaluates through the coordinator; nothing is exported. Memory is the
+largest resident set of every process of the job (VmHWM, read while it runs); no process may need 4 GiB. Not part of
+``make bench``: making the checkpoint needs 16 GiB, and the job takes the better part of an hour on two cores.
+Writes ``results/gpt2_xl_compression.json``.
+
+    python benchmarks/gpt2_xl_compression.py [--devices 2] [--work DIR]
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import gpt2_xl
+from launcher.backends.local import LocalBackend
+from launcher.jobs import Home, create_job, run_job
+from launcher.result import result_document
+from launcher.spec import JobSpec
+from parallelism.budget import Budget
+from parallelism.data.config import DataConfig, TokenizerConfig
+from parallelism.data.prepare import prepare
+
+RESULTS = Path(__file__).resolve().parent / "results" / "gpt2_xl_compression.json"
+GIB = 2**30
+LIMIT_BYTES = 4 * GIB
+LENGTH, CALIBRATION, HELD_OUT = 128, 64, 1024
+GRID = {
+    "prune": {"methods": ["wanda", "sparsegpt"], "sparsity": [0.5]},
+    "quantize": {"methods": ["rtn", "gptq"], "bits": [4], "group_size": 64},
+    "calibration": {"sequences": CALIBRATION},
+}
+
+
+def main() -> None:
+    """Make the checkpoint unless it is there, run the job, and tell what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=None, help="keep checkpoint and job here")
+    options = parser.parse_args()
+    if options.work is not None:
+        document = measure(options.work, options.devices)
+    else:
+        with tempfile.TemporaryDirectory(prefix="gpt2-xl-") as work:
+            document = measure(Path(work), options.devices)
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=2))
+    if document["state"] != "succeeded" or document["peak_bytes"] >= LIMIT_BYTES:
+        sys.exit("the job failed, or a process needed 4 GiB or more")
+
+
+def measure(work: Path, devices: int) -> dict[str, Any]:
+    """Run the job and watch its processes."""
+    source = checkpoint(work)
+    home = Home(work / "home")
+    journal = create_job(JobSpec.model_validate(job(source, devices)), home)
+    watcher = Watcher()
+    watcher.start()
+    started = time.monotonic()
+    try:
+        run_job(home, journal.job_id, LocalBackend())
+    finally:
+        watcher.stop.set()
+        watcher.join()
+    result = result_document(journal)
+    return {
+        "state": result["state"],
+        "error": result["error"],
+        "devices": devices,
+        "load_average_after": os.getloadavg()[0],
+        "seconds": round(time.monotonic() - started, 1),
+        "stage_seconds": {name: round(value, 1) for name, value in result["stages"].items()},
+        "peak_bytes": max(watcher.peaks.values()),
+        "peak_gib_by_process": {
+            name: round(value / GIB, 3) for name, value in sorted(watcher.peaks.items(), key=lambda row: -row[1])[:6]
+        },
+        "checkpoint_files": sorted(path.name for path in source.iterdir()),
+        "variants": {
+            row["name"]: {"bytes": row["bytes"], "perplexity": row["metrics"]["perplexity"]}
+            for row in result["variants"]
+        },
+    }
+
+
+def checkpoint(work: Path) -> Path:
+    """The newest checkpoint in ``work``; made by one step of training on two ranks where there is none."""
+    found = sorted((work / "checkpoints").glob("e*-s*"))
+    if found:
+        return found[-1]
+    sys.argv = sys.argv[:1]
+    options = gpt2_xl.parse_arguments()
+    data = DataConfig(train=["builtin:python-stdlib"], tokenizer=TokenizerConfig(kind="bytes"))
+    prepare(data.model_copy(update={"sequence_length": options.sequence}), work / "data", gpt2_xl.SEED)
+    task = gpt2_xl.make_task(options, work)
+    gpt2_xl.run(task.model_copy(update={"budget": Budget(tokens=options.sequence)}))
+    return checkpoint(work)
+
+
+def job(source: Path, devices: int) -> dict[str, Any]:
+    """The job on the checkpoint."""
+    return {
+        "name": "gpt2-xl",
+        "data": {"train": ["builtin:python-stdlib"], "tokenizer": {"kind": "bytes"}, "sequence_length": LENGTH},
+        "candidates": [{"name": "gpt2-xl", "source": str(source)}],
+        "compression": GRID,
+        "evaluation": {"tokens": HELD_OUT},
+        "export": {"variants": "none"},
+        "execution": {"devices": devices},
+    }
+
+
+class Watcher(threading.Thread):
+    """Reads the peak resident set of every process below this one, twice a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.stop = threading.Event()
+        self.peaks: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Until told to stop."""
+        while not self.stop.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                peak = _peak_bytes(process.pid)
+                if peak is not None:
+                    name = f"{peak[0]} {process.pid}"
+                    self.peaks[name] = max(peak[1], self.peaks.get(name, 0))
+
+
+def _peak_bytes(pid: int) -> tuple[str, int] | None:
+    """Name and VmHWM of a process; None where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return (fields["Name"].strip(), int(fields["VmHWM"].split()[0]) * 1024) if "VmHWM" in fields else None
+
+
+if __name__ == "__main__":
+    main()
