@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compression.checks import check_exportable
-from parallelism.models.gpt.config import GPTConfig
+from parallelism.models.gpt.config import Activation, GPTConfig
 
 _LLAMA_FIELDS = {
     "hidden_size": ("hidden", "hidden"),
@@ -58,14 +58,20 @@ _CONSTANTS: dict[str, dict[str, tuple[Any, Any]]] = {
     "llama": {"hidden_act": ("silu", "silu"), "attention_bias": (False, False), "mlp_bias": (False, False)},
     "mistral": {"hidden_act": ("silu", "silu"), "sliding_window": (None, 4096)},
     "gpt2": {
-        # The exact one. What Transformers takes for GPT-2 unless told otherwise is the tanh approximation.
-        "activation_function": ("gelu", "gelu_new"),
         "scale_attn_weights": (True, True),
         "scale_attn_by_inverse_layer_idx": (False, False),
         "reorder_and_upcast_attn": (False, False),
     },
 }
 """Field → the only value there is here, and the value that Transformers takes where it is left out."""
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+"""``activation_function`` of a GPT-2 → ours; the last two are the first of their kind, computed in another order."""
 
 _REQUIRED = {
     "llama": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -109,6 +115,9 @@ def config_json(config: GPTConfig, dtype: str, end_of_document_id: int) -> dict[
     if config.style == "llama":
         document["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_base}
         document["rope_theta"] = config.rope_base  # where readers older than Transformers 5 look
+    else:
+        theirs = (name for name, ours in _ACTIVATIONS.items() if ours == config.activation)
+        document["activation_function"] = next(theirs)
     return document
 
 
@@ -131,6 +140,8 @@ def read_config(document: Mapping[str, Any], where: str) -> GPTConfig:
             )
     if fields["style"] == "llama":
         fields["rope_base"] = _rope_base(document, where)
+    else:
+        fields["activation"] = _activation(document, where)
     try:
         return GPTConfig.model_validate(fields)
     except ValidationError as error:
@@ -173,12 +184,24 @@ def _check_constants(document: Mapping[str, Any], kind: str, where: str) -> None
 
 def _check_unknown(document: Mapping[str, Any], kind: str, where: str) -> None:
     known = _WITHOUT_EFFECT | _FIELDS[kind].keys() | _CONSTANTS[kind].keys()
+    known |= {"activation_function"} if kind == "gpt2" else set()
     for name, value in document.items():
         if name not in known and value not in (None, False, 0, "", [], {}):
             raise ValueError(
                 f"{where}: field {name} ({str(value)[:60]}) is not supported and could change what the model computes:"
                 " use another model, or remove the field if the model is the same without it"
             )
+
+
+def _activation(document: Mapping[str, Any], where: str) -> Activation:
+    """Which GELU a GPT-2 has; the tanh approximation where its config does not say."""
+    found = document.get("activation_function", "gelu_new")
+    if found not in _ACTIVATIONS:
+        raise ValueError(
+            f"{where}: activation_function {found!r} is not supported, only {', '.join(_ACTIVATIONS)} are: use a model"
+            " that has one of them"
+        )
+    return _ACTIVATIONS[found]
 
 
 def _rope_base(document: Mapping[str, Any], where: str) -> float:

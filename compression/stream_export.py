@@ -191,10 +191,10 @@ class _Llama:
 
 
 class _Gpt2:
-    """GPT-2 (Radford et al. 2019) with the exact GELU: LayerNorm, learned positions, biases, weights as [in, out]."""
+    """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, biases, GELU, weights as [in, out]."""
 
     def __init__(self, config: dict[str, Any], modules: _Modules) -> None:
-        assert config["activation_function"] == "gelu"
+        self._gelu = {"gelu": _gelu, "gelu_new": _gelu_by_tanh}[config["activation_function"]]
         self._modules, self._config = modules, config
         self.layers, self.hidden = config["n_layer"], config["n_embd"]
 
@@ -219,8 +219,7 @@ class _Gpt2:
         def block(states: Tensor) -> Tensor:
             queries, keys, values = (_by_head(part, heads) for part in qkv(before(states)).chunk(3, dim=-1))
             states = states + o(_attended(queries, keys, values))
-            middle = up(between(states))
-            return states + down(middle * (1 + torch.erf(middle / math.sqrt(2))) / 2)
+            return states + down(self._gelu(up(between(states))))
 
         return block
 
@@ -246,6 +245,16 @@ def rounded(inputs: Tensor, number: str) -> Tensor:
         return (inputs / scale).round().clamp(-128, 127) * scale
     scale = (largest / 448).where(largest > 0, 1.0)
     return (inputs / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(inputs.dtype) * scale
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """x·Φ(x), with the normal distribution's Φ (Hendrycks & Gimpel 2016)."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def _gelu_by_tanh(x: Tensor) -> Tensor:
+    """The same paper's approximation."""
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def _by_head(states: Tensor, heads: int) -> Tensor:

@@ -51,13 +51,11 @@ class Reader:
         saved: ModelConfig = load_dotted(FAMILIES[fields["family"]].options)(**fields)
         if saved.parameter_shapes() == config.parameter_shapes():
             return
-        wanted = config.model_dump(mode="json")
-        differing = {name for name in fields.keys() | wanted.keys() if fields.get(name) != wanted.get(name)}
+        wanted, found = dict(config), dict(saved)
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"the model does not fit the checkpoint {self.directory}: "
-            + ", ".join(
-                f"{name} is {wanted.get(name)}, the checkpoint has {fields.get(name)}" for name in sorted(differing)
-            )
+            + ", ".join(f"{name} is {wanted.get(name)}, the checkpoint has {found.get(name)}" for name in differing)
             + "; use the checkpoint's values, or start without it"
         )
 

@@ -25,7 +25,7 @@ LLAMA = GPTConfig(
 )
 LLAMA_UNTIED = LLAMA.model_copy(update={"tied_embeddings": False, "head_dim": 16, "kv_heads": None})
 GPT2 = GPTConfig(style="gpt2", layers=3, hidden=48, heads=4, vocab_size=250, context=32)
-GPT2_UNTIED = GPT2.model_copy(update={"tied_embeddings": False})
+GPT2_UNTIED = GPT2.model_copy(update={"tied_embeddings": False, "activation": "gelu_tanh"})
 CONFIGS = {"llama": LLAMA, "llama-untied": LLAMA_UNTIED, "gpt2": GPT2, "gpt2-untied": GPT2_UNTIED}
 
 

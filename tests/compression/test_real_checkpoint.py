@@ -22,6 +22,7 @@ STYLES = {
     "llama": {"layers": 3, "hidden": 48, "heads": 4, "kv_heads": 2, "rope_base": 500.0, "vocab_size": 256},
     "gpt2": {"style": "gpt2", "layers": 3, "hidden": 48, "heads": 4, "kv_heads": None, "vocab_size": 256},
 }
+STYLES["gpt2-tanh"] = STYLES["gpt2"] | {"activation": "gelu_tanh"}
 
 
 def _train_and_save(task: TrainTask, root: Path) -> float:
@@ -47,7 +48,7 @@ def _train_and_save(task: TrainTask, root: Path) -> float:
         ("llama", {}, "fp32"),
         ("llama", {"tensor": 2}, "fp32"),
         ("llama", {"tensor": 2}, "bf16"),
-        ("gpt2", {"tensor": 2}, "fp32"),
+        ("gpt2-tanh", {"tensor": 2}, "fp32"),
         ("gpt2", {"pipeline": 2}, "fp32"),
     ],
 )

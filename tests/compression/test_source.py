@@ -13,12 +13,20 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from compression import container, tasks
-from compression.evaluation import tally
+from compression.evaluation import logits, tally
+from compression.export import export
+from compression.huggingface_config import config_json
 from compression.pretrained import PretrainedWeights
 from compression.recipe import Quantization, Recipe
 from compression.source import find_tokenizer, open_weights, read_source
+from parallelism.layout import Layout
 from parallelism.models.gpt.config import GPTConfig
+from parallelism.plain_checkpoint import write_checkpoint
+from parallelism.training import StartPoint, TrainTask
 from tests.compression import made
+from tests.parallelism.recovering import started
+from tests.parallelism.small_gpt import global_rows, micro_batches, small_task, train
+from tests.ranks import run_ranks
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 250,
@@ -76,13 +84,22 @@ def _saved(folder: Path, make: Callable[[], Any] = _llama, dtype: torch.dtype = 
 
 
 def _their_loss(folder: Path, rows: np.ndarray) -> float:
+    tokens = torch.from_numpy(rows)
+    found = _their_logits(folder, tokens[:, :-1]).double().flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(found, tokens[:, 1:].flatten()))
+
+
+def _their_logits(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    tokens = torch.from_numpy(rows)
     with torch.inference_mode():
-        logits = model(input_ids=tokens[:, :-1]).logits.double().flatten(0, 1)
-    return float(torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()))
+        found: torch.Tensor = model(input_ids=rows).logits
+    return found
+
+
+def _our_logits(path: Path, rows: torch.Tensor) -> torch.Tensor:
+    return logits(open_weights(path), rows)
 
 
 def _our_loss(path: Path, rows: np.ndarray) -> float:
@@ -176,7 +193,7 @@ def _change(folder: Path, **changes: Any) -> None:
             r"config\.json describes no model .*heads 7 is not divisible by kv_heads 6",
         ),
         (MODELS["mistral"], {"sliding_window": 8}, r"sliding_window 8 is not supported, only None"),
-        (_gpt2, {"activation_function": "gelu_new"}, r"activation_function 'gelu_new' is not supported, only 'gelu'"),
+        (_gpt2, {"activation_function": "relu"}, r"activation_function 'relu' is not supported, only gelu, gelu_new,"),
         (_gpt2, {"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx True is not supported"),
         (_gpt2, {"attn_pdrop": 0.3}, r"attn_pdrop 0\.3 differs"),
     ],
@@ -195,8 +212,48 @@ def test_an_activation_left_out_is_the_one_transformers_takes(tmp_path: Path) ->
     document = json.loads((folder / "config.json").read_text())
     del document["activation_function"]
     (folder / "config.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"activation_function 'gelu_new' \(left out, which means this"):
-        read_source(folder)
+    rows = made.rows(PretrainedWeights(folder).config, 4)
+    assert _our_loss(folder, rows) == pytest.approx(_their_loss(folder, rows), abs=1e-5)
+    assert config_json(PretrainedWeights(folder).config, "float32", 0)["activation_function"] == "gelu_new"
+
+
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu_fast"])
+def test_other_names_of_the_approximation_are_known(tmp_path: Path, name: str) -> None:
+    folder = _saved(tmp_path / "model", lambda: _gpt2(activation_function=name))
+    rows = torch.from_numpy(made.rows(PretrainedWeights(folder).config, 4))
+    torch.testing.assert_close(_our_logits(folder, rows), _their_logits(folder, rows), rtol=0, atol=1e-5)
+
+
+def test_a_gpt2_of_the_hub_keeps_its_function_as_source_in_training_and_as_export(tmp_path: Path) -> None:
+    """OpenAI's GPT-2 has ``gelu_new``; weights in bfloat16, so that a dense export holds the very same ones."""
+    hub = {"activation_function": "gelu_new", "vocab_size": 257}
+    folder = _saved(tmp_path / "hub", lambda: _gpt2(**hub), torch.bfloat16)
+    config = read_source(folder).config
+    rows = torch.from_numpy(made.rows(config, 3))
+    theirs = _their_logits(folder, rows)
+    torch.testing.assert_close(_our_logits(folder, rows), theirs, rtol=0, atol=1e-5)
+    exact = _saved(tmp_path / "exact", lambda: _gpt2(**(hub | {"activation_function": "gelu"})), torch.bfloat16)
+    assert (_their_logits(exact, rows) - theirs).abs().max() > 1e-3
+
+    variant = _compressed(folder, Recipe(), tmp_path / "out")
+    export(variant, str(tmp_path / "export"), str(made.prepared_text(tmp_path)))
+    torch.testing.assert_close(_their_logits(tmp_path / "export", rows), theirs, rtol=0, atol=1e-5)
+
+    weights = str(write_checkpoint(open_weights(folder), tmp_path / "checkpoint", "hub").path)
+    task = small_task(model=config.model_dump() | {"dropout": 0.0})
+    task = task.model_copy(update={"start": StartPoint(weights=weights)})
+    ((began, losses),) = run_ranks(_train_from, 1, task)
+    assert began == pytest.approx(_their_loss(folder, global_rows(task, 99)), abs=1e-5)
+    two = run_ranks(_train_from, 2, task.model_copy(update={"layout": Layout(tensor=2)}))
+    assert two[0] == two[1]
+    assert [two[0][0], *two[0][1]] == pytest.approx([began, *losses], abs=5e-5)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def _train_from(task: TrainTask) -> tuple[float, list[float]]:
+    """Held-out loss of the weights that the task begins with, and the losses of some steps."""
+    engine = started(task)
+    return engine.evaluate(micro_batches(task, engine.data_rank, 99)), train(engine, task, 0, 6)[0]
 
 
 def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -86,6 +86,17 @@ def test_observers_see_the_input_of_every_linear(name: str) -> None:
     torch.testing.assert_close(plain.layer(config, weights, hidden), hidden + output + down)
 
 
+def test_the_form_of_gelu_is_named_only_where_it_is_not_the_exact_one() -> None:
+    """Descriptions, and the fingerprints that are made of them, are those of the time before there were two forms."""
+    assert "activation" not in made.GPT2.model_dump(mode="json")
+    assert "activation" not in made.GPT2.model_dump_json()
+    approximate = made.GPT2.model_copy(update={"activation": "gelu_tanh"})
+    assert GPTConfig(**approximate.model_dump(mode="json")) == approximate
+    assert GPTConfig(**made.GPT2.model_dump(mode="json")) == made.GPT2
+    with pytest.raises(ValueError, match="activation gelu_tanh belongs to style gpt2"):
+        GPTConfig(**(made.LLAMA.model_dump() | {"activation": "gelu_tanh"}))
+
+
 def test_sequences_beyond_the_context_are_refused() -> None:
     config = made.GPT2
     outer = {name: value for name, value in made.weights(config).items() if not name.startswith("layers.")}

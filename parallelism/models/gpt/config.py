@@ -6,6 +6,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from parallelism.models.base import ModelConfig
 
+Activation = Literal["gelu", "gelu_tanh"]
+
 
 class GPTConfig(ModelConfig):
     """GPT-2 style (LayerNorm, learned positions, GELU, biases) or Llama style (RMSNorm, RoPE, SwiGLU, no biases)."""
@@ -16,6 +18,12 @@ class GPTConfig(ModelConfig):
     head_dim: PositiveInt | None = Field(default=None, description="default: hidden / heads")
     ffn_hidden: PositiveInt | None = Field(
         default=None, description="default: 4·hidden (gpt2), 8/3·hidden rounded up to 64 (llama)"
+    )
+    activation: Activation = Field(
+        default="gelu",
+        # A model that it says nothing new of is described in the words it always was, and keeps its fingerprints.
+        exclude_if=lambda activation: activation == "gelu",
+        description="of style gpt2: GELU as it is defined (with erf), or the tanh approximation, as in OpenAI's models",
     )
     tied_embeddings: bool = True
     rope_base: float = Field(default=10000.0, gt=1.0)
@@ -33,6 +41,8 @@ class GPTConfig(ModelConfig):
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.query_groups}")
         if self.style == "llama" and self.channels % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.channels}: change heads or hidden")
+        if self.style == "llama" and self.activation != "gelu":
+            raise ValueError(f"activation {self.activation} belongs to style gpt2, llama has SwiGLU: leave it out")
         return self
 
     @property
@@ -61,6 +71,11 @@ class GPTConfig(ModelConfig):
     def gated(self) -> bool:
         """Whether the feed-forward block has a gate (SwiGLU)."""
         return self.style == "llama"
+
+    @property
+    def gelu_approximation(self) -> str:
+        """torch's name for the form of GELU."""
+        return "tanh" if self.activation == "gelu_tanh" else "none"
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Canonical names of one layer's linear weights → (out, in)."""

@@ -167,11 +167,11 @@ def _attention(config: GPTConfig, weights: Weights, inputs: Tensor, see: Observe
 
 
 def _feed_forward(config: GPTConfig, weights: Weights, inputs: Tensor, see: Observer) -> Tensor:
-    """SwiGLU (Shazeer 2020, eq. 6) or GELU in its exact (erf) form, which is what training uses."""
+    """SwiGLU (Shazeer 2020, eq. 6) or GELU (Hendrycks & Gimpel 2016) in the model's form."""
     if config.gated:
         middle = silu(_linear(weights, "mlp.gate", inputs, see)) * _linear(weights, "mlp.up", inputs, see)
     else:
-        middle = gelu(_linear(weights, "mlp.up", inputs, see))
+        middle = gelu(_linear(weights, "mlp.up", inputs, see), approximate=config.gelu_approximation)
     return _linear(weights, "mlp.down", middle, see)
 
 

@@ -1,6 +1,8 @@
 """Family ``gpt`` on megatron-core: protocol :class:`parallelism.models.base.ShardedFamily`."""
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConf
         ffn_hidden_size=config.feed_forward,
         normalization="LayerNorm" if config.style == "gpt2" else "RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
-        activation_func=torch.nn.functional.gelu if config.style == "gpt2" else torch.nn.functional.silu,
+        activation_func=_activation(config),
         gated_linear_unit=config.gated,
         add_bias_linear=config.bias,
         hidden_dropout=config.dropout,
@@ -63,7 +65,7 @@ def transformer_config(config: GPTConfig, layout: Layout, training: TrainingConf
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=has_cuda() and (config.bias or config.dropout > 0.0),
-        # For GELU megatron-core's fused kernel has the tanh approximation, which is another function.
+        # For GELU megatron-core's fused kernel has the tanh approximation, whatever the function asked for.
         bias_activation_fusion=has_cuda() and config.gated and not gated_by_hand,
         use_te_activation_func=gated_by_hand,  # only megatron-core's name for an activation given by the layer's spec
         apply_rope_fusion=False,
@@ -130,6 +132,13 @@ class _Model(GPTModel):
             loss: torch.Tensor = super().compute_language_model_loss(labels, logits)
             return loss
         return cross_entropy(logits, labels.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+
+
+def _activation(config: GPTConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Between the matrices of the feed-forward block."""
+    if config.gated:
+        return torch.nn.functional.silu
+    return partial(torch.nn.functional.gelu, approximate=config.gelu_approximation)
 
 
 def _uses_transformer_engine() -> bool:
