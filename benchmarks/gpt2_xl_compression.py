@@ -1,9 +1,9 @@
 """GPT-2 XL (1.56B parameters) compressed from its sharded checkpoint by four recipes, as a real job.
 
 The checkpoint is one that two tensor-parallel ranks wrote after a step of training (``gpt2_xl.py``). The job names it
-as its source, and calibrates, solves, assembles and evaluates through the coordinator; nothing is exported. Memory is the
-largest resident set of every process of the job (VmHWM, read while it runs); no process may need 4 GiB. Not part of
-``make bench``: making the checkpoint needs 16 GiB, and the job takes the better part of an hour on two cores.
+as its source, and calibrates, solves, assembles and evaluates through the coordinator; nothing is exported. Memory is
+the largest resident set of every process of the job (VmHWM, read while it runs); no process may need 4 GiB. Not part
+of ``make bench``: making the checkpoint needs 16 GiB, and the job takes the better part of an hour on two cores.
 Writes ``results/gpt2_xl_compression.json``.
 
     python benchmarks/gpt2_xl_compression.py [--devices 2] [--work DIR]
