@@ -14,16 +14,14 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpt2_xl
+from benchmarks.processes import Watcher
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, create_job, run_job
 from launcher.result import result_document
@@ -118,34 +116,6 @@ def job(source: Path, devices: int) -> dict[str, Any]:
         "export": {"variants": "none"},
         "execution": {"devices": devices},
     }
-
-
-class Watcher(threading.Thread):
-    """Reads the peak resident set of every process below this one, twice a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.stop = threading.Event()
-        self.peaks: dict[str, int] = {}
-
-    def run(self) -> None:
-        """Until told to stop."""
-        while not self.stop.wait(0.5):
-            for process in psutil.Process().children(recursive=True):
-                peak = _peak_bytes(process.pid)
-                if peak is not None:
-                    name = f"{peak[0]} {process.pid}"
-                    self.peaks[name] = max(peak[1], self.peaks.get(name, 0))
-
-
-def _peak_bytes(pid: int) -> tuple[str, int] | None:
-    """Name and VmHWM of a process; None where it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    return (fields["Name"].strip(), int(fields["VmHWM"].split()[0]) * 1024) if "VmHWM" in fields else None
 
 
 if __name__ == "__main__":
