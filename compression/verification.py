@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from compression.compact import CompactFile
@@ -21,6 +20,7 @@ from compression.evaluation import held_out_sequences, logits
 from compression.export import DENSE
 from compression.results import ExportResult, Quality, Verification
 from parallelism.data.batches import TokenBatches
+from parallelism.host_memory import available_memory
 
 TRANSFORMERS, STREAMING = "transformers", "streaming"
 TOLERANCE = 1e-4
@@ -54,15 +54,16 @@ def verify(
 
     Compared are the loss, the logits of a few sequences (without rounding activations), number of the parameters, bytes
     and checksums of the files, and the tokenizer's tokens for a piece of that text. Transformers reads what fits
-    ``memory_bytes`` (default: what the machine has available), :mod:`compression.stream_export` the rest. Raises
-    :class:`VerificationError` for the first export that differs from what is claimed.
+    ``memory_bytes`` (default: what is free, within the limits of control groups), and
+    :mod:`compression.stream_export` the rest. Raises :class:`VerificationError` for the first export that differs from
+    what is claimed.
     """
     text = TokenBatches(data_dir, "validation", sequence_length, seed)
     rows = text.rows(range(held_out_sequences(text, tokens)))
     for export in exports:
         _check_files(export)
     if memory_bytes is None:
-        memory_bytes = psutil.virtual_memory().available
+        memory_bytes = available_memory()
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         np.save(Path(folder) / "rows.npy", rows)
         request = {

@@ -6,13 +6,12 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-import psutil
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from launcher.environment import default_devices
 from launcher.spec import JobSpec
+from parallelism.host_memory import available_memory
 from parallelism.options import Options
 from parallelism.rules import DeviceKind
 
@@ -142,30 +141,6 @@ def read_gpus(answer: str) -> list[tuple[str, int]]:
     """The answer of ``nvidia-smi``, one line ``NVIDIA H100 80GB HBM3, 81559`` (MiB) for each GPU."""
     rows = [line.rpartition(",") for line in answer.splitlines() if "," in line]
     return [(name.strip(), int(memory) * MEBI) for name, _, memory in rows if memory.strip().isdigit()]
-
-
-def available_memory() -> int:
-    """Bytes that new processes of this machine may use: what is free, within the limit of this control group."""
-    return min([psutil.virtual_memory().available, *_group_headroom()])
-
-
-def _group_headroom() -> list[int]:
-    """What the memory controller of a container (cgroup v2, then v1) leaves; nothing where it sets no limit."""
-    for folder, limit, usage, cache in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most, used, facts = (
-                Path(folder, name).read_text("ascii").split() for name in (limit, usage, "memory.stat")
-            )
-        except OSError:
-            continue
-        # Without a limit v2 says "max" and v1 a number near 2^63.
-        if most[0].isdigit() and int(most[0]) < psutil.virtual_memory().total:
-            reclaimable = int(facts[facts.index(cache) + 1]) if cache in facts else 0
-            return [int(most[0]) - int(used[0]) + reclaimable]
-    return []
 
 
 _MEASUREMENT = """
