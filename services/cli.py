@@ -1,7 +1,5 @@
 """The command ``espalier``. Results go to stdout, all else to stderr; with ``--json``, stdout is one document."""
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -9,10 +7,9 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from compression.recipe import grid
 from compression.report import draw
@@ -23,10 +20,11 @@ from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import FINAL, JobState
 from launcher.tracking import EXIT_DONE, default_uri
-from parallelism.presets import PRESETS, resolve_model
-from services import tables
+from services import operator_commands, service_commands, tables
 from services.dryrun import DryRunError, dry_run
 from services.foreground import run_in_foreground
+from services.lookup import ask_service, look, with_service_rows
+from services.presets import preset_rows
 from services.progress import display_for
 from services.submission import (
     STANDARD_TEXT,
@@ -38,21 +36,27 @@ from services.submission import (
     refuse_another_spec,
     submit,
 )
+from services.terminal import (
+    DEFAULT_HOME,
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    HomeOption,
+    JobArgument,
+    JobFileArgument,
+    JsonOption,
+    TrackingOption,
+    UrlOption,
+    home_at,
+    print_json,
+    stderr,
+    stdout,
+)
 from services.ui import choose_port, mlflow_server
+from services.up import ServiceError
+from services.web.frontier import frontier_page
 
-DEFAULT_HOME = Path("~/.local/share/espalier")
 DEMO = Path(__file__).parent / "demo.yaml"
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-
-WIDTH_WITHOUT_TERMINAL = 160
-
-
-def _console(stream: TextIO) -> Console:
-    """Lines are never broken; tables are as wide as the terminal, and wide where there is none."""
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_WITHOUT_TERMINAL
-    return Console(file=stream, soft_wrap=True, highlight=False, width=width)
-
 
 app = typer.Typer(
     name="espalier",
@@ -62,21 +66,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout = _console(sys.stdout)
-stderr = _console(sys.stderr)
-
-HomeOption = Annotated[
-    Path, typer.Option("--home", metavar="DIR", envvar="ESPALIER_HOME", help="Where all jobs and results live.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for machines.")]
-JobArgument = Annotated[str, typer.Argument(help="A job's id, the beginning of one, or 'last'.")]
-JobFileArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file.")]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mlflow", metavar="URI", help="An MLflow server or store, or 'none'. [default: the home's own store]"
-    ),
-]
+service_commands.register(app)
+operator_commands.register(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,8 +84,8 @@ def options(
 @app.command()
 def demo(home: HomeOption = DEFAULT_HOME, tracking: TrackingOption = None, as_json: JsonOption = False) -> None:
     """Train, compress and compare three small models; a few minutes on two cores."""
-    request = make_request(load_spec(DEMO), _home(home))
-    _work(submit(request, _home(home)), _home(home), tracking, as_json, job_file=None)
+    request = make_request(load_spec(DEMO), home_at(home))
+    _work(submit(request, home_at(home)), home_at(home), tracking, as_json, job_file=None)
 
 
 @app.command()
@@ -109,14 +100,14 @@ def run(
 ) -> None:
     """Run a job from its file to the frontier. Ctrl-C pauses it with checkpoints; --continue takes it up again."""
     if continued is not None:
-        journal = find_job(_home(home), continued)
+        journal = find_job(home_at(home), continued)
         if job_file is not None:
             refuse_another_spec(load_spec(job_file), journal.spec())
     elif job_file is not None:
-        journal = submit(make_request(load_spec(job_file), _home(home)), _home(home))
+        journal = submit(make_request(load_spec(job_file), home_at(home)), home_at(home))
     else:
         raise ValueError("name a job file, or a job with --continue")
-    _work(journal, _home(home), tracking, as_json, job_file)
+    _work(journal, home_at(home), tracking, as_json, job_file)
 
 
 @app.command()
@@ -140,7 +131,7 @@ def compress(
     """Compress a model that exists: every recipe, and every pair of a pruning and a quantisation. No training."""
     asked = Grid(prune or [], sparsity or [], quantize or [], bits or [], group_size)
     spec = compression_job(source, text or [STANDARD_TEXT], sequence_length, asked)
-    _work(submit(make_request(spec, _home(home)), _home(home)), _home(home), tracking, as_json, job_file=None)
+    _work(submit(make_request(spec, home_at(home)), home_at(home)), home_at(home), tracking, as_json, job_file=None)
 
 
 @app.command()
@@ -157,14 +148,14 @@ def plan(
 ) -> None:
     """Say whether and how a job fits: layout, steps, memory, disk, time and cost. Nothing is started."""
     spec = load_spec(job_file)
-    made = plan_elsewhere(spec, named_cluster(on)) if on else make_request(spec, _home(home)).plan
+    made = plan_elsewhere(spec, named_cluster(on)) if on else make_request(spec, home_at(home)).plan
     document = made.model_dump(mode="json")
     if dry:
         document["dry_run"] = [
             dry_run(candidate, spec.data.sequence_length, made.device_kind) for candidate in document["candidates"]
         ]
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         for part in (tables.plan_table(document), "", tables.memory_table(document), "", *tables.plan_lines(document)):
             stdout.print(part)
@@ -178,79 +169,78 @@ def plan(
 def frontier(
     job: JobArgument,
     png: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as a page that stands alone.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also the variants that others beat.")] = False,
+    url: UrlOption = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
     """Show a job's frontier: the variants that no other variant beats in both quality and size."""
-    journal = find_job(_home(home), job)
-    result = result_document(journal)
+    result = look(job, url, home).result
     variants = tables.marked_variants(result)
     if not variants:
         raise JobError(f"job {result['job']} has no measured variants yet (state: {result['state']}): let it go on")
     if png is not None:
         draw(variants, png, title=f"{result['name']}: quality against size at the same training budget")
         stderr.print(f"figure written to {png}")
+    if html is not None:
+        html.write_text(frontier_page(result["name"], variants).html, encoding="utf-8")
+        stderr.print(f"page written to {html}")
     if as_json:
         rows = [variant.row() for variant in variants if everything or variant.on_frontier]
-        _print_json({"job": result["job"], "variants": rows})
+        print_json({"job": result["job"], "variants": rows})
     else:
         stdout.print(tables.frontier_table(variants, everything))
 
 
 @app.command()
-def show(job: JobArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+def show(job: JobArgument, url: UrlOption = None, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Show one job: state, candidates, processes, results."""
-    journal = find_job(_home(home), job)
-    result = result_document(journal)
-    processes = [
-        {name: event.get(name) for name in ("role", "candidate", "rank", "pid", "node")}
-        for event in journal.view().processes.values()
-    ]
+    seen = look(job, url, home)
+    result, processes = seen.result, seen.processes
     if as_json:
-        _print_json(result | {"processes": processes})
+        print_json(result | {"processes": processes})
         return
-    stdout.print(f"[bold]{result['job']}[/]: {result['state']}, attempt {result['attempts']}, in {result['directory']}")
-    _show_result(journal, result)
+    place = f", in {result['directory']}" if seen.journal else f", at {seen.url}"
+    stdout.print(f"[bold]{result['job']}[/]: {result['state']}, attempt {result['attempts']}{place}")
+    if seen.waiting:
+        stdout.print(f"waiting: {seen.waiting}", markup=False)
+    _show_result(seen.journal, result)
     if processes:
         stdout.print(tables.processes_table(processes))
 
 
 @app.command(name="list")
-def list_command(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """List the jobs of a home, oldest first."""
-    rows = [_job_row(journal) for journal in list_jobs(_home(home))]
+def list_command(url: UrlOption = None, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the jobs of a home, or of a service, oldest first."""
+    rows = [] if url else [_job_row(journal) for journal in list_jobs(home_at(home))]
+    rows = with_service_rows(rows, url, home)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     elif rows:
         stdout.print(tables.jobs_table(rows))
     else:
-        stderr.print(f"no jobs under {home}")
+        stderr.print(f"no jobs under {url or home}")
 
 
 @app.command()
-def pause(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
+def pause(job: JobArgument, url: UrlOption = None, home: HomeOption = DEFAULT_HOME) -> None:
     """Ask a running job to write checkpoints and pause."""
-    _ask(find_job(_home(home), job), "pause")
+    _ask(job, url, home, "pause")
 
 
 @app.command()
-def cancel(job: JobArgument, home: HomeOption = DEFAULT_HOME) -> None:
+def cancel(job: JobArgument, url: UrlOption = None, home: HomeOption = DEFAULT_HOME) -> None:
     """Ask a running job to write checkpoints and end for good."""
-    _ask(find_job(_home(home), job), "cancel")
+    _ask(job, url, home, "cancel")
 
 
 @app.command()
 def presets(as_json: JsonOption = False) -> None:
     """List the published models that a job file may name as model: {preset: NAME}."""
-    rows: list[dict[str, Any]] = []
-    for name, preset in PRESETS.items():
-        config = resolve_model({"preset": name})
-        shape = {"layers": config.layers, "hidden": config.hidden, "heads": config.heads}
-        rows.append({"name": name, "parameters": config.parameter_count(), **shape, "source": preset.source})
-    rows.sort(key=lambda row: row["parameters"])
+    rows = preset_rows()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         stdout.print(tables.presets_table(rows))
 
@@ -262,7 +252,7 @@ def ui(
 ) -> None:
     """Serve MLflow's web interface on the home's store until Ctrl-C."""
     stderr.print("starting MLflow …")
-    with mlflow_server(_home(home).path, choose_port(port)) as address:
+    with mlflow_server(home_at(home).path, choose_port(port)) as address:
         stdout.print(address)
         stderr.print("Ctrl-C ends it")
         while True:
@@ -272,8 +262,8 @@ def ui(
 @app.command()
 def track(job: JobArgument, tracking: TrackingOption = None, home: HomeOption = DEFAULT_HOME) -> None:
     """Feed MLflow with what it does not have of a job yet, from the job's journal."""
-    journal = find_job(_home(home), job)
-    uri = tracking or default_uri(_home(home).path)
+    journal = find_job(home_at(home), job)
+    uri = tracking or default_uri(home_at(home).path)
     command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
     ended = subprocess.run(command, check=False)
     if ended.returncode != EXIT_DONE:
@@ -289,19 +279,15 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Free disk space: intermediate files of finished jobs, and jobs that failed or were cancelled long ago."""
-    found = collect_garbage(_home(home), older_than_days=days, dry_run=dry)
+    found = collect_garbage(home_at(home), older_than_days=days, dry_run=dry)
     total = sum(item.bytes for item in found)
     if as_json:
         rows = [{"job": one.job_id, "what": one.what, "path": str(one.path), "bytes": one.bytes} for one in found]
-        _print_json({"dry_run": dry, "bytes": total, "removed": rows})
+        print_json({"dry_run": dry, "bytes": total, "removed": rows})
         return
     for one in found:
         stdout.print(f"{one.job_id}: {one.what}, {tables.sized(one.bytes)}")
     stdout.print(f"{tables.sized(total)} {'would be' if dry else 'were'} freed")
-
-
-def _home(path: Path) -> Home:
-    return Home(path.expanduser().absolute())
 
 
 def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job_file: Path | None) -> None:
@@ -318,7 +304,7 @@ def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job
     )
     result = result_document(journal)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         _show_result(journal, result)
     _say_how_it_ended(result, job_file, home)
@@ -326,11 +312,13 @@ def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job
         raise typer.Exit(EXIT_INTERRUPTED if interrupted else EXIT_FAILED)
 
 
-def _show_result(journal: Journal, result: dict[str, Any]) -> None:
+def _show_result(journal: Journal | None, result: dict[str, Any]) -> None:
     stdout.print(tables.candidates_table(result))
     variants = tables.marked_variants(result)
     if variants:
         stdout.print("", tables.frontier_table(variants), "", sep="\n")
+    if journal is None:
+        return
     for label, path in (("figure", journal.report_dir / "frontier.png"), ("exports", journal.exports_dir)):
         if path.exists():
             stdout.print(f"{label}: {path}")
@@ -346,18 +334,22 @@ def _say_how_it_ended(result: dict[str, Any], job_file: Path | None, home: Home)
         stderr.print(f"[red]job {result['job']} {state}:[/] {_first_lines(result['error'])}")
     if state not in FINAL:
         words = ["espalier", "run", *([str(job_file)] if job_file else []), "--continue", result["job"]]
-        if home != _home(DEFAULT_HOME):
+        if home != home_at(DEFAULT_HOME):
             words += ["--home", str(home.path)]
         stderr.print(f"the job is {state}; continue it with: {' '.join(words)}")
 
 
-def _ask(journal: Journal, desired: Any) -> None:
-    if journal.holder() is None:
-        raise JobError(
-            f"nobody works on job {journal.job_id} (state: {journal.state()}): there is nothing to {desired}"
-        )
-    journal.set_desired(desired)
-    stderr.print(f"asked job {journal.job_id} to {desired}")
+def _ask(job: str, url: str | None, home: Path, desired: Literal["pause", "cancel"]) -> None:
+    asked = ask_service(job, url, home, desired)
+    if asked is None:
+        journal = find_job(home_at(home), job)
+        if journal.holder() is None:
+            raise JobError(
+                f"nobody works on job {journal.job_id} (state: {journal.state()}): there is nothing to {desired}"
+            )
+        journal.set_desired(desired)
+        asked = journal.job_id
+    stderr.print(f"asked job {asked} to {desired}")
 
 
 def _job_row(journal: Journal) -> dict[str, Any]:
@@ -372,10 +364,6 @@ def _job_row(journal: Journal) -> dict[str, Any]:
     }
 
 
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
-
-
 def _first_lines(text: str, count: int = 2) -> str:
     return "\n".join(text.strip().splitlines()[:count])
 
@@ -386,7 +374,7 @@ def report(error: Exception, as_json: bool) -> int:
     lines = [str(problem) for problem in problems] or [_first_lines(str(error))]
     if as_json:
         fields = [{"field": one.field, "value": one.value, "message": one.message} for one in problems]
-        _print_json({"error": lines[0], "problems": fields})
+        print_json({"error": lines[0], "problems": fields})
     for line in lines:
         stderr.print("[red]error:[/]", end=" ")
         stderr.print(line, markup=False)
@@ -411,7 +399,7 @@ def main() -> NoReturn:
         typer.main.get_command(app).main(args=arguments, prog_name="espalier")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, OSError, StaleEpochError, DryRunError) as error:
+    except (ValueError, OSError, StaleEpochError, DryRunError, ServiceError) as error:
         if debug:
             raise
         sys.exit(report(error, "--json" in arguments))

@@ -1,6 +1,6 @@
 """Tables for the terminal, from the same documents that ``--json`` prints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -135,21 +135,47 @@ def plan_table(plan: Row) -> Table:
 
 
 def memory_table(plan: Row) -> Table:
-    """Memory per device by part, above what a process holds before it has a model."""
-    rows = plan["candidates"]
-    parts = [name for name in (rows[0]["memory"] if rows else {}) if any(row["memory"][name] for row in rows)]
+    """Memory per device by part, above what a process holds before it has a model; of recoveries, the largest."""
+    rows = {row["name"]: row["memory"] for row in plan["candidates"]}
+    for lineage in _lineages(plan):
+        if lineage["recoveries"]:
+            most = max(lineage["recoveries"], key=lambda row: row["memory_bytes"])
+            rows[f"{lineage['name']}/{most['recipe']}"] = most["memory"]
+    parts = [name for name in next(iter(rows.values()), {}) if any(memory[name] for memory in rows.values())]
     table = _table("memory per device", *(name.replace("_", " ") for name in parts))
-    for row in plan["candidates"]:
-        table.add_row(row["name"], *(sized(row["memory"][name]) for name in parts))
+    for name, memory in rows.items():
+        table.add_row(name, *(sized(memory[name]) for name in parts))
     return table
 
 
 def plan_lines(plan: Row) -> list[str]:
     """The whole job in one line, and what there is to say about single candidates."""
-    text = f"{plan['variants']} variants; about {clock(plan['seconds'])} of training one after the other"
+    recovers = any(lineage["recoveries"] for lineage in _lineages(plan))
+    what = "training and recovery" if recovers else "training"
+    text = f"{plan['variants']} variants; about {clock(plan['seconds'])} of {what} one after the other"
     text += f"; up to {sized(plan['disk_bytes'])} of disk"
+    if plan["calibration_bytes"]:
+        text += f", {sized(plan['calibration_bytes'])} of it only while calibrating"
     text += f"; cost {plan['cost']:.2f}" if plan["cost"] else ""
-    return [text, *(f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"])]
+    lineages = [line for lineage in _lineages(plan) for line in _lineage_lines(lineage)]
+    return [text, *lineages, *(f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"])]
+
+
+def _lineage_lines(lineage: Row) -> Iterator[str]:
+    """What calibration and recovery of one candidate take."""
+    disk, recoveries = lineage["calibration"], lineage["recoveries"]
+    if disk["statistics_bytes"] or disk["hidden_bytes"]:
+        statistics = f"statistics of at most {disk['layers']} layers at once take {sized(disk['statistics_bytes'])}"
+        yield f"{lineage['name']}: calibration: {statistics}, hidden states {sized(disk['hidden_bytes'])} of disk"
+    if recoveries:
+        seconds, steps = sum(row["seconds"] for row in recoveries), max(row["steps"] for row in recoveries)
+        layouts = " and ".join(dict.fromkeys(layout_text(row["layout"]) for row in recoveries))
+        time = f"up to {steps:,} steps each, about {clock(seconds)} one after the other"
+        yield f"{lineage['name']}: {len(recoveries)} variants recovered at {layouts}: {time}"
+
+
+def _lineages(plan: Row) -> list[Row]:
+    return [*plan["candidates"], *plan["sources"]]
 
 
 def dry_run_table(built: Row) -> Table:

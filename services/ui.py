@@ -18,17 +18,17 @@ HOST = "127.0.0.1"
 START_SECONDS = 120.0
 
 
-def choose_port(wanted: int | None) -> int:
-    """The port asked for; without one, the usual port or, where that is taken, a free one.
+def choose_port(wanted: int | None, usual: int = UI_PORT) -> int:
+    """The port asked for (0: any free one); without one, the usual port or, where that is taken, a free one.
 
     Raises ``ValueError`` when the port asked for is taken.
     """
-    if wanted is not None:
+    if wanted:
         if not _is_free(wanted):
             raise ValueError(f"port {wanted} is in use: name another one with --port, or leave --port out")
         return wanted
-    if _is_free(UI_PORT):
-        return UI_PORT
+    if wanted is None and _is_free(usual):
+        return usual
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -40,18 +40,11 @@ def mlflow_server(home: Path, port: int) -> Iterator[str]:
 
     Raises ``TimeoutError`` with the end of its log.
     """
-    uri = default_uri(home)
-    artifacts = artifacts_beside(uri)
-    assert artifacts is not None, "the home's store is a SQLite file"
-    artifacts.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log_path = artifacts.parent / "server.log"
+    command, log_path = mlflow_command(home, port), home / "mlflow" / "server.log"
     with open(log_path, "wb") as log:
         # In a session of its own, so that it can be ended whole: it starts workers.
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=mlflow_environment(), start_new_session=True
         )
     try:
         address = f"http://{HOST}:{port}"
@@ -59,6 +52,21 @@ def mlflow_server(home: Path, port: int) -> Iterator[str]:
         yield address
     finally:
         _end(server)
+
+
+def mlflow_command(home: Path, port: int) -> list[str]:
+    """The command line of a server on the home's store; the store's folder is made."""
+    uri = default_uri(home)
+    artifacts = artifacts_beside(uri)
+    assert artifacts is not None, "the home's store is a SQLite file"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    return [*command, "--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+
+
+def mlflow_environment() -> dict[str, str]:
+    """The environment of that server."""
+    return os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log_path: Path) -> None:

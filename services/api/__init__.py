@@ -1,0 +1,1 @@
+"""The REST API: jobs, what becomes of them, and what they leave."""

@@ -1,0 +1,1 @@
+"""The dispatcher: has the jobs of the store worked on, and takes over what their journals say."""

@@ -1,0 +1,54 @@
+"""One MLflow feeder for each job that has something to tell; a job at rest keeps it until all is told."""
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from launcher.jobs import Home
+from launcher.tracking import EXIT_DONE, EXIT_REFUSED, FeederProcess
+
+AGAIN_SECONDS = 60.0
+CLOSE_SECONDS = 60.0
+
+log = logging.getLogger("espalier.dispatcher")
+
+
+class Feeders:
+    """The feeders of this process. They end with it, and whoever leads next starts others where these stopped."""
+
+    def __init__(self, home: Home, uri: str | None) -> None:
+        self._home = home
+        self._uri = uri
+        self._running: dict[str, FeederProcess] = {}
+        self._closing: dict[str, Future[int]] = {}
+        self._not_before: dict[str, float] = {}
+        self._threads = ThreadPoolExecutor(4, "feeder")
+
+    def tend(self, active: set[str], unfed: set[str]) -> set[str]:
+        """Start and end feeders: ``active`` jobs are worked on, ``unfed`` ones have something to tell.
+
+        Returns the jobs of which everything has been told since the last call.
+        """
+        for job_id in sorted(unfed - set(self._running) - set(self._closing)):
+            if time.monotonic() >= self._not_before.get(job_id, 0.0):
+                self._running[job_id] = FeederProcess(self._home.journal(job_id), self._home.root, self._uri)
+        for job_id in [one for one in self._running if one not in active]:
+            self._closing[job_id] = self._threads.submit(self._running.pop(job_id).close, CLOSE_SECONDS)
+        return self._harvest()
+
+    def _harvest(self) -> set[str]:
+        told = set()
+        for job_id in [one for one, future in self._closing.items() if future.done()]:
+            exit_code = self._closing.pop(job_id).result()
+            if exit_code in (EXIT_DONE, EXIT_REFUSED):  # what MLflow refuses, it refuses the next time too
+                told.add(job_id)
+            else:
+                self._not_before[job_id] = time.monotonic() + AGAIN_SECONDS
+                log.warning("MLflow does not have all of job %s yet (exit code %s)", job_id, exit_code)
+        return told
+
+    def close(self, seconds: float) -> None:
+        """End all of them; what is not told then, the next ones tell."""
+        for process in self._running.values():
+            self._threads.submit(process.close, seconds)
+        self._threads.shutdown()

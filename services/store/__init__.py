@@ -1,0 +1,1 @@
+"""What people want of their jobs, durably: jobs, keys, leases, webhooks. What happened stands in the journals."""
