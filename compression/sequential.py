@@ -82,8 +82,3 @@ def advance(
 def _reached(files: CalibrationFiles) -> Path:
     """The newest states: those before the next layer, or before the layers ahead of it that the recipe leaves out."""
     return files.hidden(files.reached(SHARD), SHARD)
-
-
-def chain_directory(out: str, recipe: Recipe) -> Path:
-    """The workspace of one recipe's chain."""
-    return Path(out) / "sequential" / recipe.name

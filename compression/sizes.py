@@ -1,4 +1,7 @@
-"""How many bytes a compact file will have, before it is made. Torch-free; never less than the file has in the end."""
+"""How many bytes a compact file will have, before it is made. Torch-free; never less than the file has in the end.
+
+Also what calibration writes of a layer.
+"""
 
 import json
 import math
@@ -8,8 +11,9 @@ from compression.config import Bits, pattern_of
 from compression.errors import RecipeError
 from compression.measures import WIDTHS
 from compression.recipe import Pruning, Quantization, Recipe
-from compression.reduced import reduced_config
+from compression.reduced import anatomy, reduced_config
 from parallelism.models.base import ModelConfig
+from parallelism.registry import FAMILIES
 
 HEADER_FACTS = 1024
 """Of the header: what is neither about a tensor nor the model's and the recipe's description."""
@@ -97,6 +101,24 @@ def cost_in_bytes(
         name: {bits: matrix_bytes(shape, bits, quantize, _kept(recipe, shape, sparsities.get(name))) for bits in WIDTHS}
         for name, shape in shapes.items()
     }
+
+
+def statistics_bytes(config: ModelConfig) -> int:
+    """What one shard's sums of one layer take (:class:`compression.calibration.Gathered`).
+
+    H, Σ|x| and max |x| in float32 of every input that a linear layer, or several of them together, take in.
+    """
+    shapes = config.model_copy(update={"layers": 1}).parameter_shapes()
+    prefix = "layers.0."
+    widths = {
+        name.removeprefix(prefix).removesuffix(".weight"): shape[1]
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and len(shape) == 2
+    }
+    folds = anatomy(config).folds(config) if FAMILIES[config.family].anatomy else ()
+    sharing = {reader for fold in folds for reader in fold.readers[1:]}
+    distinct = [width for name, width in widths.items() if name not in sharing]
+    return HEADER_FACTS + sum(4 * (width * width + 2 * width) + 3 * HEADER_MATRIX for width in distinct)
 
 
 def _kept(recipe: Recipe, shape: tuple[int, int], sparsity: float | None = None) -> int | None:

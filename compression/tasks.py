@@ -27,13 +27,13 @@ from compression.methods.base import LayerStatistics
 from compression.recipe import Allocations, Recipe
 from compression.results import LayerResult, MatrixFacts, Part, Quality, VariantFile
 from compression.sensitivity import count_layer, measure_layer
-from compression.sequential import SHARD, Chain, RecipeStart, advance, chain_directory, solve_next
+from compression.sequential import SHARD, Chain, RecipeStart, advance, solve_next
 from compression.solve import Solved, solve_layer, solve_outer
 from compression.source import open_weights, read_source
 from compression.structure import reduced_config
 from compression.text import CalibrationText, shards
 from compression.verification import verify
-from compression.workspace import Workspace, inputs_hash, write_text
+from compression.workspace import Workspace, chain_directory, inputs_hash, write_text
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
 from parallelism.models.base import ModelConfig

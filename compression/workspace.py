@@ -85,6 +85,11 @@ class Workspace:
         shutil.rmtree(self.directory / "layers", ignore_errors=True)
 
 
+def chain_directory(out: str, recipe: Recipe) -> Path:
+    """The workspace of one recipe's chain (:mod:`compression.sequential`) below that of its candidate."""
+    return Path(out) / "sequential" / recipe.name
+
+
 def inputs_hash(source: str, recipes: Sequence[Recipe], *others: object) -> str:
     """Hash of all that a layer's files are made of: the model's fingerprint, recipes, and ``others`` (JSON-able)."""
     facts = [CODE_VERSION, source, [recipe.model_dump(mode="json") for recipe in recipes], *others]

@@ -14,6 +14,8 @@ The cost model. One step of a candidate with global batch ``B`` sequences of len
 * **data**: the gradients in float32, 2·(d - 1)/d of their bytes, over the network where the group spans nodes.
 * **optimizer**: :data:`OPTIMIZER_BYTES` of memory traffic for every parameter of the rank, over d where its state is
   sharded; with offload, over the host's link instead.
+* **teacher**: of a model that is learnt from, the same for its forward pass alone: a third of a layer's FLOPs, half of
+  the all-reduces, its own bubble, and activations that pass the boundaries once.
 
 Tensor-parallel ranks are neighbours, then come data-parallel ones, then pipeline stages: so a group spans nodes where
 it and what lies inside it need more devices than a node has. The constants are measured: on CPUs with this project's
@@ -52,6 +54,7 @@ class StepCost:
     pipeline: float
     data: float
     optimizer: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
@@ -60,7 +63,12 @@ class StepCost:
 
 
 def step_cost(
-    model: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, cluster: Cluster
+    model: ModelConfig,
+    layout: Layout,
+    training: TrainingConfig,
+    sequence_length: int,
+    cluster: Cluster,
+    teacher: ModelConfig | None = None,
 ) -> StepCost:
     """Seconds of one optimizer step under the cost model above; ``training`` holds no ``auto``."""
     count = micro_batches(layout, training)
@@ -69,13 +77,28 @@ def step_cost(
     tensor = _tensor_seconds(model, layout, training, sequence_length, cluster)
     bubble = (layout.pipeline - 1) / layout.virtual_pipeline * (compute + tensor)
     passing = count * _boundary_seconds(model, layout, training, sequence_length, cluster)
+    taught = _teacher_seconds(teacher, layout, training, sequence_length, cluster) if teacher is not None else 0.0
     return StepCost(
         compute=count * compute + STEP_SECONDS[cluster.device_kind],
         tensor=count * tensor,
         pipeline=bubble + passing,
         data=slowdown * _data_seconds(model, layout, cluster),
         optimizer=slowdown * _optimizer_seconds(model, layout, training, cluster),
+        teacher=taught,
     )
+
+
+def _teacher_seconds(
+    teacher: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, cluster: Cluster
+) -> float:
+    """The forward pass of a step's micro-batches through a model that is only asked."""
+    count = micro_batches(layout, training)
+    kept = training.model_copy(update={"recompute": False})  # nothing is recomputed without a backward pass
+    forward = _micro_batch_seconds(teacher, layout, kept, sequence_length, cluster) / 3
+    forward += _tensor_seconds(teacher, layout, kept, sequence_length, cluster) / 2
+    passing = _boundary_seconds(teacher, layout, kept, sequence_length, cluster) / 2
+    bubble = (layout.pipeline - 1) / layout.virtual_pipeline * forward
+    return ENGINE_SLOWDOWN[layout.engine] * (count * (forward + passing) + bubble)
 
 
 def _micro_batch_seconds(

@@ -1,7 +1,7 @@
 """Which layouts a model can be trained at, and which of them is best. Torch-free."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -11,10 +11,11 @@ from launcher.costs import StepCost, step_cost
 from launcher.problems import Problem
 from parallelism.engines import limits
 from parallelism.layout import Layout
-from parallelism.memory import BASELINE_BYTES, MemoryEstimate, memory_per_rank
+from parallelism.memory import BASELINE_BYTES, Companions, MemoryEstimate, memory_per_rank
 from parallelism.models.base import ModelConfig
 from parallelism.registry import ENGINES
 from parallelism.rules import micro_batches
+from parallelism.start import StartPoint, check_start
 from parallelism.suggest import remedy
 from parallelism.training import TrainingConfig
 
@@ -23,10 +24,6 @@ FITS = 0.92
 NEAR = 1.05
 """Layouts within this factor of the fastest count as equally fast; the one with the fewest devices is taken."""
 LARGEST_VIRTUAL = 4
-LEAST_STATE, LEAST_OFFLOADED = 8, 1
-"""Bytes per parameter that the thriftiest engine needs: fp32 weights and two bf16 moments; ZeRO-3 with offload."""
-LARGEST_CLUSTER = 16384
-"""How far is searched for a cluster on which a model would fit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,8 @@ class Case:
     """What is to be spread: a model with its training.
 
     ``training`` holds no ``auto``; ``free`` names its fields that do not change what is learnt (``micro_batch``,
-    ``recompute``) or, for the lean engine only, ``global_batch``.
+    ``recompute``) or, for the lean engine only, ``global_batch``. A recovery also has a ``start`` (whose checkpoints
+    need not be there) and, where that names one, a ``teacher``.
     """
 
     model: ModelConfig
@@ -53,6 +51,18 @@ class Case:
     sequence_length: int
     saves_devices: bool
     """Whether device-seconds count rather than seconds: under a budget in device-hours or money."""
+    start: StartPoint | None = None
+    teacher: ModelConfig | None = None
+
+    def memory(self, layout: Layout, training: TrainingConfig, cluster: Cluster) -> MemoryEstimate:
+        """Of the rank that needs most."""
+        rounded = self.start is not None and self.start.rounding is not None
+        companions = Companions(self.teacher, rounded)
+        return memory_per_rank(self.model, layout, training, self.sequence_length, cluster.device_kind, companions)
+
+    def cost(self, layout: Layout, training: TrainingConfig, cluster: Cluster) -> StepCost:
+        """Of one step."""
+        return step_cost(self.model, layout, training, self.sequence_length, cluster, self.teacher)
 
 
 # What is legal
@@ -62,12 +72,14 @@ def problems_of(case: Case, layout: Layout, training: TrainingConfig, cluster: C
     """Everything that forbids this layout, memory apart; fields are relative to the candidate."""
     if layout.engine not in ENGINES:
         return [Problem("layout.engine", layout.engine, "unknown engine", remedy(layout.engine, ENGINES))]
+    models = [case.model, *([case.teacher] if case.teacher else [])]
     return [
         *_size_problems(layout, cluster),
-        *_tensor_problems(case.model, layout, case.sequence_length),
-        *_pipeline_problems(case.model, layout),
+        *(problem for model in models for problem in _tensor_problems(model, layout, case.sequence_length)),
+        *(problem for model in models for problem in _pipeline_problems(model, layout)),
         *_batch_problems(layout, training),
         *_engine_problems(layout, training),
+        *_start_problems(case, layout),
     ]
 
 
@@ -154,6 +166,14 @@ def _engine_problems(layout: Layout, training: TrainingConfig) -> Iterator[Probl
             yield Problem("layout.engine", layout.engine, text, "")
 
 
+def _start_problems(case: Case, layout: Layout) -> Iterator[Problem]:
+    """What forbids a recovery at this layout; all layers are alike, so that one is enough to look at."""
+    try:
+        check_start(case.start, case.model.model_copy(update={"layers": 1}), layout)
+    except ValueError as error:
+        yield Problem("layout", str(layout), str(error), "")
+
+
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
@@ -191,18 +211,18 @@ def best_layout(case: Case, cluster: Cluster) -> Choice | None:
 
 def _tiers(case: Case, cluster: Cluster) -> Iterator[Iterable[Layout]]:
     yield megatron_layouts(case, cluster)
-    zero = [layout for layout in _flat_layouts(case, cluster) if layout.data > 1]
+    zero = [layout for layout in flat_layouts(case, cluster) if layout.data > 1]
     yield [_with(layout, engine="deepspeed", zero_stage=stage) for layout in zero for stage in (2, 3)]
     if cluster.device_kind == "gpu" and cluster.host_memory_bytes_per_device:
-        flat = _flat_layouts(case, cluster)
+        flat = flat_layouts(case, cluster)
         yield [_with(layout, engine="deepspeed", zero_stage=3, offload="cpu") for layout in flat]
-    yield [_with(layout, engine="lean") for layout in _flat_layouts(case, cluster)]
+    yield [_with(layout, engine="lean") for layout in flat_layouts(case, cluster)]
 
 
 def megatron_layouts(case: Case, cluster: Cluster) -> Iterator[Layout]:
     """Tensor × pipeline × data (× virtual stages) that the cluster holds and the model can be divided by."""
     stages = {size for size in range(1, case.model.layers + 1) if size <= 8 or case.model.layers % size == 0}
-    for flat, pipeline in product(list(_flat_layouts(case, cluster)), sorted(stages)):
+    for flat, pipeline in product(list(flat_layouts(case, cluster)), sorted(stages)):
         if flat.world_size * pipeline > cluster.devices:
             continue
         yield _with(flat, pipeline=pipeline)
@@ -211,7 +231,7 @@ def megatron_layouts(case: Case, cluster: Cluster) -> Iterator[Layout]:
                 yield _with(flat, pipeline=pipeline, virtual_pipeline=virtual)
 
 
-def _flat_layouts(case: Case, cluster: Cluster) -> Iterator[Layout]:
+def flat_layouts(case: Case, cluster: Cluster) -> Iterator[Layout]:
     """Tensor × data; on GPUs with sequence parallelism, which costs nothing and saves activations."""
     assert isinstance(case.training.global_batch, int)
     common = gcd(*divisible_by_tensor(case.model).values())
@@ -231,7 +251,7 @@ def _fastest(case: Case, cluster: Cluster, layouts: Iterable[Layout]) -> Choice 
     for layout in layouts:
         for training in trainings(case, layout):
             if not problems_of(case, layout, training, cluster):
-                cost = step_cost(case.model, layout, training, case.sequence_length, cluster)
+                cost = case.cost(layout, training, cluster)
                 costs.append((_objective(case, layout, training, cost), layout, training, cost))
     costs.sort(key=lambda row: (row[0], row[1].world_size))
     best: tuple[float, Choice] | None = None
@@ -240,7 +260,7 @@ def _fastest(case: Case, cluster: Cluster, layouts: Iterable[Layout]) -> Choice 
             break
         if best and layout.world_size >= best[1].layout.world_size:
             continue
-        memory = memory_per_rank(case.model, layout, training, case.sequence_length, cluster.device_kind)
+        memory = case.memory(layout, training, cluster)
         if fits(memory, cluster):
             choice = Choice(layout, training, cost, memory)
             best = (best[0] if best else objective, choice)
@@ -276,83 +296,6 @@ def _objective(case: Case, layout: Layout, training: TrainingConfig, cost: StepC
     """Seconds, or device-seconds, for each sequence."""
     assert isinstance(training.global_batch, int)
     return cost.total * (layout.world_size if case.saves_devices else 1) / training.global_batch
-
-
-# What would have to change
-
-
-def too_large(case: Case, cluster: Cluster, layout: Layout | None, training: TrainingConfig) -> Problem:
-    """The refusal of a model that does not fit at ``layout``, or, without one, at any; with what would work."""
-    wanted = layout or _roomiest(case, cluster)
-    needed = memory_per_rank(case.model, wanted, training, case.sequence_length, cluster.device_kind)
-    largest = max(needed.parts(), key=needed.parts().__getitem__).replace("_", " ")
-    what = (
-        f"{case.model.parameter_count():,} parameters need {gib(needed.total)} on every device at {wanted} (most for"
-        f" {largest}), and {gib(room_bytes(cluster))} of {gib(cluster.memory_bytes_per_device)} can be used"
-    )
-    if layout is None:
-        what = f"fits on {cluster.devices} devices at no layout: {what}"
-    field = "layout" if layout else "model"
-    shown = str(layout) if layout else None
-    return Problem(field, shown, what, _remedies(case, cluster, layout is not None))
-
-
-def _roomiest(case: Case, cluster: Cluster) -> Layout:
-    """The layout whose ranks need least: the model divided as far as it can be."""
-    flat = [layout for layout in _flat_layouts(case, cluster) if layout.data == 1]
-    layouts = [_with(layout, pipeline=min(case.model.layers, cluster.devices // layout.tensor)) for layout in flat]
-    length, kind = case.sequence_length, cluster.device_kind
-    return min(layouts, key=lambda layout: memory_per_rank(case.model, layout, case.training, length, kind).total)
-
-
-def _remedies(case: Case, cluster: Cluster, given: bool) -> str:
-    """What would make it fit, each tried before it is recommended."""
-    found = []
-    choice = best_layout(case, cluster) if given else None
-    if choice:
-        found.append(f"leave layout out: {choice.layout} fits")
-    devices = _enough(case, cluster)
-    if devices and devices > cluster.devices:
-        found.append(f"use {devices} such devices")
-    shorter = _shorter(case, cluster)
-    if shorter:
-        found.append(f"use data.sequence_length: {shorter}")
-    return ", or ".join([*found, "use a smaller model"])
-
-
-def _enough(case: Case, cluster: Cluster) -> int | None:
-    """The smallest power of two of devices on which the model fits."""
-    sizes = (2**power for power in range(LARGEST_CLUSTER.bit_length()) if _may_fit(case, cluster, 2**power))
-    return _first(sizes, lambda size: best_layout(case, _scaled(cluster, size)) is not None)
-
-
-def _may_fit(case: Case, cluster: Cluster, devices: int) -> bool:
-    """False where the bare state of the thriftiest engine does not fit on ``devices``."""
-    state = LEAST_OFFLOADED if cluster.host_memory_bytes_per_device else LEAST_STATE
-    return case.model.parameter_count() * state <= devices * room_bytes(cluster)
-
-
-def _scaled(cluster: Cluster, devices: int) -> Cluster:
-    per_node = max(cluster.devices_per_node, min(devices, 8))
-    return cluster.model_copy(update={"devices": devices, "devices_per_node": per_node})
-
-
-def _shorter(case: Case, cluster: Cluster) -> int | None:
-    if not _may_fit(case, cluster, cluster.devices):
-        return None
-    lengths = (case.sequence_length >> shift for shift in range(1, case.sequence_length.bit_length() - 4))
-    return _first(
-        lengths,
-        lambda length: best_layout(_replaced(case, length), cluster) is not None,
-    )
-
-
-def _replaced(case: Case, sequence_length: int) -> Case:
-    return Case(case.model, case.training, case.free, sequence_length, case.saves_devices)
-
-
-def _first(values: Iterable[int], suits: Callable[[int], bool]) -> int | None:
-    return next((value for value in values if suits(value)), None)
 
 
 def gib(count: float) -> str:

@@ -117,7 +117,9 @@ def _plan(
 
 
 def _at_place(problem: Problem, places: list[int]) -> Problem:
-    """A problem of the sound candidates, with the candidate's place among all."""
+    """A problem of the sound candidates, with the candidate's place among all; others stay as they are."""
+    if not problem.field.startswith("candidates."):
+        return problem
     first, place, rest = problem.field.split(".", 2)
     return Problem(f"{first}.{places[int(place)]}.{rest}", problem.value, problem.what, problem.remedy)
 
@@ -174,15 +176,20 @@ def _home_problems(home: Path) -> Iterator[Problem]:
 def _disk_problems(plan: Plan, home: Path) -> Iterator[Problem]:
     existing = _existing(home)
     free = shutil.disk_usage(existing).free
-    if plan.disk_bytes > FREE_DISK_SHARE * free:
-        largest = max(plan.candidates, key=lambda candidate: candidate.disk_bytes)
-        keep = largest.checkpoint.keep
-        what = (
-            f"the job needs about {gib(plan.disk_bytes)} of disk and {gib(free)} are free at {existing}; checkpoints of"
-            f" candidate {largest.name!r} take {gib(largest.checkpoint_bytes)} each, {plan.variants} variants the rest"
-        )
-        hint = "free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
-        yield Problem("execution.checkpoint_every.keep", keep, what, hint)
+    if plan.disk_bytes <= FREE_DISK_SHARE * free:
+        return
+    what = f"the job needs about {gib(plan.disk_bytes)} of disk and {gib(free)} are free at {existing}"
+    if plan.calibration_bytes:
+        what += f"; calibration holds up to {gib(plan.calibration_bytes)} of it"
+    if not plan.candidates:
+        hint = "free some, choose another --home, or ask for fewer recipes"
+        yield Problem("compression", None, f"{what}, {plan.variants} variants the rest", hint)
+        return
+    largest = max(plan.candidates, key=lambda candidate: candidate.disk_bytes)
+    taken = f"checkpoints of candidate {largest.name!r} take {gib(largest.checkpoint_bytes)} each"
+    hint = "free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
+    field, keep = "execution.checkpoint_every.keep", largest.checkpoint.keep
+    yield Problem(field, keep, f"{what}; {taken}, {plan.variants} variants the rest", hint)
 
 
 def _existing(home: Path) -> Path:

@@ -18,13 +18,16 @@ __all__ = [
 ]
 
 
-def train_flops_per_sequence(config: ModelConfig, sequence_length: int) -> float:
+def train_flops_per_sequence(config: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
     """FLOPs of one sequence: 3 × forward, because every matrix product has two in the backward pass.
+
+    A ``teacher`` adds its forward pass.
 
     Recomputed activations are not counted (model FLOPs, Chowdhery et al. 2022, appendix B). Narayanan et al. 2021 count
     F = 96·B·s·l·h²·(1 + s/6h + V/16lh) with recomputation, which is this with 4 × forward in the layers.
     """
-    return 3.0 * config.forward_flops(sequence_length)
+    taught = teacher.forward_flops(sequence_length) if teacher is not None else 0.0
+    return 3.0 * config.forward_flops(sequence_length) + taught
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

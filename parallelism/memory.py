@@ -41,6 +41,9 @@ class MemoryEstimate(Options):
     activations: NonNegativeInt
     logits: NonNegativeInt
     buffers: NonNegativeInt
+    teacher_weights: NonNegativeInt = 0
+    teacher_activations: NonNegativeInt = 0
+    rounded_weights: NonNegativeInt = 0
     heap: NonNegativeInt = 0
     offloaded: NonNegativeInt = 0
 
@@ -52,6 +55,18 @@ class MemoryEstimate(Options):
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.parts().values())
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What a training that begins with given weights (:mod:`parallelism.start`) holds beside its model."""
+
+    teacher: ModelConfig | None = None
+    rounded: bool = False
+    """Whether linear weights are there a second time, rounded, while a step computes."""
+
+
+ALONE = Companions()
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,12 @@ def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
 
 
 def memory_per_rank(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind = "cpu"
+    config: ModelConfig,
+    layout: Layout,
+    training: TrainingConfig,
+    sequence_length: int,
+    kind: DeviceKind = "cpu",
+    companions: Companions = ALONE,
 ) -> MemoryEstimate:
     """The estimate of the pipeline stage that needs most. ``training`` holds no ``auto``.
 
@@ -82,15 +102,21 @@ def memory_per_rank(
     attention keep them (after Korthikanti et al. 2022, equations 1 to 4, without the scores), times the micro-batches
     in flight under 1F1B.
     """
-    estimates = memory_by_stage(config, layout, training, sequence_length, kind)
+    estimates = memory_by_stage(config, layout, training, sequence_length, kind, companions)
     return max(estimates, key=lambda estimate: estimate.total)
 
 
 def memory_by_stage(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind = "cpu"
+    config: ModelConfig,
+    layout: Layout,
+    training: TrainingConfig,
+    sequence_length: int,
+    kind: DeviceKind = "cpu",
+    companions: Companions = ALONE,
 ) -> list[MemoryEstimate]:
     """The estimate of a rank of every pipeline stage, in their order; see :func:`memory_per_rank`."""
-    return [_stage_memory(config, layout, training, sequence_length, kind, stage) for stage in stages(config, layout)]
+    given = (config, layout, training, sequence_length, kind)
+    return [_stage_memory(*given, stage, companions) for stage in stages(config, layout)]
 
 
 def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
@@ -116,6 +142,14 @@ def _held(config: ModelConfig, tensor: int, stage: Stage) -> _Held:
         total += copies * elements
         largest = max(largest, elements if copies else 0)
     return _Held(total, largest)
+
+
+@lru_cache(maxsize=4096)
+def _linear(config: ModelConfig, tensor: int, stage: Stage) -> int:
+    """Linear weights of layers that one rank holds."""
+    shapes = _shapes(config)
+    names = [name for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2]
+    return sum(_copies(name, shapes, stage) * prod(shapes[name]) // tensor for name in names)
 
 
 @lru_cache(maxsize=256)
@@ -144,7 +178,13 @@ def _is_split(name: str) -> bool:
 
 
 def _stage_memory(
-    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind, stage: Stage
+    config: ModelConfig,
+    layout: Layout,
+    training: TrainingConfig,
+    sequence_length: int,
+    kind: DeviceKind,
+    stage: Stage,
+    companions: Companions,
 ) -> MemoryEstimate:
     held = _held(config, layout.tensor, stage)
     parameters = held.total
@@ -153,6 +193,11 @@ def _stage_memory(
     activations = _activations(config, layout, training, sequence_length, kind, stage)
     logits = _logits(config, layout, training, sequence_length, kind) if stage.last else 0
     buffers = held.largest * working + round(held.largest * state.swap_buffers)
+    taught_weights, taught = 0, 0
+    if companions.teacher is not None:
+        theirs = stages(companions.teacher, layout)[stage.index]
+        taught_weights = _held(companions.teacher, layout.tensor, theirs).total * working
+        taught = _teacher_activations(companions.teacher, layout, training, sequence_length, kind, theirs)
     return MemoryEstimate(
         weights=round(parameters * state.weights),
         gradients=round(parameters * state.gradients),
@@ -161,7 +206,10 @@ def _stage_memory(
         activations=activations,
         logits=logits,
         buffers=buffers,
-        heap=round(HEAP_SHARE[kind] * (activations + logits + buffers)),
+        teacher_weights=taught_weights,
+        teacher_activations=taught,
+        rounded_weights=_linear(config, layout.tensor, stage) * working if companions.rounded else 0,
+        heap=round(HEAP_SHARE[kind] * (activations + logits + buffers + taught)),
         offloaded=round(parameters * state.offloaded),
     )
 
@@ -285,3 +333,25 @@ def _logits(
     copied = kind == "cpu" and training.precision == "bf16"
     precision = _working_precision(training) + (FP32 if copied else 0)
     return tokens * config.padded_vocab_size // layout.tensor * precision
+
+
+def _teacher_activations(
+    teacher: ModelConfig,
+    layout: Layout,
+    training: TrainingConfig,
+    sequence_length: int,
+    kind: DeviceKind,
+    stage: Stage,
+) -> int:
+    """Bytes of a teacher's forward pass: one layer's while they are computed, then the logits until the loss is.
+
+    With pipeline stages the last one holds the logits of all micro-batches of a step
+    (:class:`parallelism.engines.distillation.Teacher`).
+    """
+    assert isinstance(training.micro_batch, int)
+    passing = round(training.micro_batch * sequence_length * _layer_bytes_per_token(teacher, layout, training, kind))
+    if not stage.last:
+        return passing
+    logits = _logits(teacher, layout, training, sequence_length, kind)
+    kept = logits * (micro_batches(layout, training) if layout.pipeline > 1 else 1)
+    return max(passing, kept)

@@ -120,9 +120,9 @@ def step_cost(task: TrainTask) -> StepCost:
     """
     samples = task.training.global_batch
     assert isinstance(samples, int)
-    flops = train_flops_per_sequence(task.model, task.sequence_length)
-    if task.start is not None and task.start.teacher is not None:
-        flops += read_info(task.start.teacher).model.forward_flops(task.sequence_length)
+    named = task.start.teacher if task.start is not None else None
+    teacher = read_info(named).model if named is not None else None
+    flops = train_flops_per_sequence(task.model, task.sequence_length, teacher)
     return StepCost(samples, samples * task.sequence_length, samples * flops)
 
 

@@ -55,10 +55,9 @@ def settled_plan(job: JobContext) -> Plan:
 
 
 def _suits(settled: Plan, vocab_size: int, room: Room) -> bool:
-    return all(
-        candidate.model.vocab_size == vocab_size and candidate.layout.world_size <= room.devices
-        for candidate in settled.candidates
-    )
+    runs = [*settled.candidates, *(one for lineage in settled.lineages for one in lineage.recoveries)]
+    known = all(candidate.model.vocab_size == vocab_size for candidate in settled.candidates)
+    return known and all(run.layout.world_size <= room.devices for run in runs)
 
 
 def with_layouts(spec: JobSpec, layouts: Mapping[str, Layout]) -> JobSpec:

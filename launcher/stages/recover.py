@@ -18,22 +18,16 @@ from compression.results import VariantFile
 from launcher.context import JobContext
 from launcher.gang import CandidateRun
 from launcher.journal import hash_inputs
-from launcher.layouts import divisible_by_tensor
 from launcher.pool import Task
 from launcher.stages.compress import allotment_of, compressed, dense_candidates, variant_files
-from launcher.stages.planning import candidate_plans
-from launcher.stages.train import RunPlan, candidate_run
+from launcher.stages.planning import settled_plan
+from launcher.stages.train import LAYOUT_ONLY, RunPlan, candidate_run
 from launcher.stages.training import failures, train_candidates
 from launcher.stages.work import Dense, GridWork, run_works
-from parallelism.accounting import train_flops_per_token
 from parallelism.checkpoint_store import MANIFEST, read_info
-from parallelism.layout import Layout
-from parallelism.rules import resolve_training
 from parallelism.start import check_start
-from parallelism.training import TrainingConfig
 
 STAGE = "recover"
-WARMUP_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,10 @@ def _recovery(job: JobContext, dense: Dense, recipe: Recipe) -> Recovery:
     record, settings = compressed(job, dense), _settings(job)
     start = next(file for file in variant_files(record) if file.recipe == recipe.start)
     allotment = _renumbered(allotment_of(record), recipe)
-    plan = _plan(job, dense, recipe, settings)
+    plan = _plan(job, dense, recipe)
     facts = (record.inputs_hash, recipe.model_dump(mode="json"), settings.model_dump(mode="json"))
-    inputs = hash_inputs(STAGE, *facts, plan.training.model_dump(mode="json"), plan.budget.model_dump(mode="json"))
+    training = plan.training.model_dump(mode="json", exclude=LAYOUT_ONLY)
+    inputs = hash_inputs(STAGE, *facts, training, plan.budget.model_dump(mode="json"))
     folder = job.journal.candidate_dir(dense.candidate) / "recovered" / recipe.name
     return Recovery(dense, recipe, start, allotment, plan, inputs, folder)
 
@@ -123,32 +118,11 @@ def _renumbered(allotment: Allotment, recipe: Recipe) -> Allotment:
     return Allotment(allocations={recipe.name: strengths} if strengths else {})
 
 
-def _plan(job: JobContext, dense: Dense, recipe: Recipe, settings: RecoverConfig) -> RunPlan:
-    """As the candidate was trained, at a lower rate and a batch for its share; a given one, as it would have been."""
-    model = reduced_config(dense.model, recipe.structure)
-    layout, training = _asked(job, dense)
-    divisible = all(width % layout.tensor == 0 for width in divisible_by_tensor(model).values())
-    if not divisible or layout.engine == "deepspeed":
-        layout = Layout()
-    budget, length = job.spec.training_budget.share(settings.budget_fraction), job.spec.data.sequence_length
-    tokens = budget.limit / (train_flops_per_token(model, length) if budget.unit == "flops" else 1.0)
-    if budget.counts_progress:
-        training = training.model_copy(update={"global_batch": "auto", "micro_batch": "auto"})
-    training = resolve_training(training, model, layout, length, tokens, "gpu" if job.room.gpus else "cpu")
-    assert isinstance(training.learning_rate, float)
-    rate = training.learning_rate * settings.learning_rate_fraction
-    gentle = {"learning_rate": rate, "warmup_fraction": WARMUP_FRACTION, "schedule": "cosine", "prune": None}
-    name = f"{dense.candidate}/{recipe.name}"
-    return RunPlan(name, model, layout, training.model_copy(update=gentle), budget)
-
-
-def _asked(job: JobContext, dense: Dense) -> tuple[Layout, TrainingConfig]:
-    """How the candidate was trained, or how its spec would have it."""
-    for plan in candidate_plans(job):
-        if plan.name == dense.candidate:
-            return plan.layout, plan.training
-    spec = next(candidate for candidate in job.spec.candidates if candidate.name == dense.candidate)
-    return spec.layout or Layout(), spec.training
+def _plan(job: JobContext, dense: Dense, recipe: Recipe) -> RunPlan:
+    """As it was planned before the job began."""
+    lineage = next(one for one in settled_plan(job).lineages if one.name == dense.candidate)
+    planned = next(one for one in lineage.recoveries if one.recipe == recipe.name)
+    return RunPlan.of(planned, f"{dense.candidate}/{recipe.name}", reduced_config(dense.model, recipe.structure))
 
 
 def _train(job: JobContext, recoveries: list[Recovery]) -> None:

@@ -8,6 +8,7 @@ from launcher.context import JobContext
 from launcher.gang import CandidateRun
 from launcher.journal import hash_inputs
 from launcher.plan import CandidatePlan
+from launcher.planned import PlannedRun
 from launcher.stages.planning import candidate_plans
 from launcher.stages.prepare import STAGE as PREPARE
 from launcher.stages.training import failures, train_candidates
@@ -17,9 +18,11 @@ from parallelism.checkpoint_store import CheckpointInfo
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
 from parallelism.start import StartPoint
-from parallelism.training import TrainingConfig, TrainTask
+from parallelism.training import CheckpointPolicy, TrainingConfig, TrainTask
 
 STAGE = "train"
+LAYOUT_ONLY = {"micro_batch", "recompute", "distributed_optimizer"}
+"""Of a training, what goes with its layout: a model that is trained is trained, whatever it was spread over."""
 
 
 def train(job: JobContext) -> None:
@@ -27,7 +30,7 @@ def train(job: JobContext) -> None:
     plans = candidate_plans(job)
     inputs = {plan.name: _inputs(job, plan) for plan in plans}
     runs = [
-        candidate_run(job, RunPlan.of(plan))
+        candidate_run(job, RunPlan.of(plan, plan.name, plan.model))
         for plan in plans
         if not job.journal.stage_done(_stage(plan.name), inputs[plan.name])
     ]
@@ -52,14 +55,13 @@ def _stage(name: str) -> str:
 
 
 def _inputs(job: JobContext, plan: CandidatePlan) -> str:
-    """The layout is left out: a model that is trained is trained, whatever it was spread over."""
     prepared = job.journal.stage(PREPARE)
     assert prepared is not None
     return hash_inputs(
         STAGE,
         prepared.inputs_hash,
         plan.model.model_dump(mode="json"),
-        plan.training.model_dump(mode="json", exclude={"micro_batch", "recompute", "distributed_optimizer"}),
+        plan.training.model_dump(mode="json", exclude=LAYOUT_ONLY),
         plan.budget.model_dump(mode="json"),
         job.spec.data.sequence_length,
         job.spec.seed,
@@ -75,12 +77,13 @@ class RunPlan:
     layout: Layout
     training: TrainingConfig
     budget: Budget
+    checkpoint: CheckpointPolicy
     start: StartPoint | None = None
 
     @classmethod
-    def of(cls, plan: CandidatePlan) -> "RunPlan":
-        """The plan of a candidate."""
-        return cls(plan.name, plan.model, plan.layout, plan.training, plan.budget)
+    def of(cls, plan: PlannedRun, name: str, model: ModelConfig) -> "RunPlan":
+        """The plan of a candidate, or of a recovery."""
+        return cls(name, model, plan.layout, plan.training, plan.budget, plan.checkpoint)
 
 
 def candidate_run(job: JobContext, plan: RunPlan) -> CandidateRun:
@@ -112,7 +115,7 @@ def training_task(
         data_dir=str(job.journal.data_dir),
         sequence_length=spec.data.sequence_length,
         checkpoint_dir=str(root),
-        checkpoint=spec.execution.checkpoint_every,
+        checkpoint=plan.checkpoint,
         resume_from=str(resumed.path) if resumed else None,
         epoch=job.journal.epoch,
         burnt_device_seconds=burnt.device_seconds,

@@ -1,9 +1,10 @@
 """The tasks that make the variants of one dense model: a graph, in which results make further tasks possible.
 
-Shards of text go through the layers one after the other; a layer whose shards are through is compressed at once by all
-recipes, and its statistics are deleted, so that the disk holds those of a few layers only. Where a recipe's strength
-follows from a look at all layers, the layers are measured first, and the statistics stay until the end. With
-``statistics: sequential``, recipes that need statistics are chains of their own. Torch-free.
+Shards of text go through a layer side by side, and the next layer waits for the last of them; a layer whose shards are
+through is compressed at once by all recipes, and its statistics are deleted, so that the disk holds those of a few
+layers only (:mod:`launcher.disk`). Where a recipe's strength follows from a look at all layers, the layers are measured
+first, and the statistics stay until the end. With ``statistics: sequential``, recipes that need statistics are chains
+of their own. Torch-free.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from compression.measures import LayerCounts, LayerMeasures
 from compression.recipe import Recipe, Strength
 from compression.results import LayerResult, VariantFile
 from compression.text import CalibrationText, shards
-from compression.workspace import Workspace
+from compression.workspace import Workspace, chain_directory
 from launcher.context import JobContext
 from launcher.pool import Task
 from parallelism.models.base import ModelConfig
@@ -92,7 +93,7 @@ class GridWork:
         """What can be done at once."""
         yield self._task("outer", "compress_outer", recipes=self.recipes)
         if self._calibrates:
-            yield from (self._calibrate(0, shard) for shard in range(len(shards(self.text.sequences))))
+            yield from self._calibrate(0)
         elif self._allocated:
             yield from (self._measure(layer) for layer in range(self._layers))
         else:
@@ -117,18 +118,17 @@ class GridWork:
 
     def _after_calibrate(self, task: Task, result: float) -> Iterator[Task]:
         layer, shard = task.arguments["layer"], task.arguments["shard"]
-        if layer + 1 < self._layers:
-            yield self._calibrate(layer + 1, shard)
         through = self._calibrated.setdefault(layer, set())
         through.add(shard)
-        if len(through) == len(shards(self.text.sequences)):
-            self._tell("layer_calibrated", task, layer=layer)
-            if self._allocated:
-                yield self._measure(layer)
-            else:
-                yield self._compress(layer)
-                if layer + 1 == self._layers:
-                    yield from self._start_chains(self.allotment or Allotment(allocations={}))
+        if len(through) < len(shards(self.text.sequences)):
+            return
+        self._tell("layer_calibrated", task, layer=layer)
+        # Compressed before the next layer is looked at: a shard that ran ahead would leave its statistics behind.
+        yield self._measure(layer) if self._allocated else self._compress(layer)
+        if layer + 1 < self._layers:
+            yield from self._calibrate(layer + 1)
+        elif not self._allocated:
+            yield from self._start_chains(self.allotment or Allotment(allocations={}))
 
     def _after_measure(self, task: Task, result: LayerMeasures) -> Iterator[Task]:
         self._measures[result.layer] = result
@@ -190,8 +190,9 @@ class GridWork:
         self._files[result.name] = result
         return ()
 
-    def _calibrate(self, layer: int, shard: int) -> Task:
-        return self._task(f"calibrate {layer}.{shard}", "calibrate", layer=layer, shard=shard, text=self.text)
+    def _calibrate(self, layer: int) -> Iterator[Task]:
+        for shard in range(len(shards(self.text.sequences))):
+            yield self._task(f"calibrate {layer}.{shard}", "calibrate", layer=layer, shard=shard, text=self.text)
 
     def _measure(self, layer: int) -> Task:
         return self._task(f"measure {layer}", "measure", layer=layer, recipes=self.recipes, text=self._known_text)
@@ -249,6 +250,8 @@ class GridWork:
     def close(self) -> None:
         """Delete what nobody needs once the variants are there."""
         Workspace(self.out).remove_statistics()
+        for recipe in self.chains:
+            Workspace(chain_directory(self.out, recipe)).remove_statistics()
 
 
 def run_works(job: JobContext, works: Iterable[GridWork]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from compression import tasks, text
 from compression.calibration import CalibrationFiles, calibrate_step, read_statistics
+from compression.sizes import statistics_bytes
 from compression.text import CalibrationText, shards
 from parallelism.layer_reader import CheckpointWeights, plain_family
 from tests.compression import made
@@ -87,6 +88,13 @@ def test_sums_are_those_of_all_inputs_of_the_layer(tmp_path: Path, model: Checkp
         for one, other in (("attention.q", "attention.k"), ("attention.q", "attention.v"), ("mlp.gate", "mlp.up")):
             assert statistics.inputs[one] is statistics.inputs[other]
         assert len({id(found) for found in statistics.inputs.values()}) == 4
+
+
+def test_what_they_take_on_the_disk_is_known_before(tmp_path: Path, model: CheckpointWeights) -> None:
+    files = CalibrationFiles(tmp_path / "out", "x")
+    _calibrate(model, files)
+    sizes = {path.stat().st_size for path in files.folder.rglob("*.safetensors")}
+    assert max(sizes) <= statistics_bytes(model.config) < 1.05 * min(sizes)
 
 
 def test_interrupted_in_any_layer_the_sums_are_the_same_bits(tmp_path: Path, model: CheckpointWeights) -> None:

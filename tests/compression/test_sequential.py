@@ -11,9 +11,8 @@ from compression.activations import RoundedInputs
 from compression.calibration import CalibrationFiles, Gathered
 from compression.compact import CompactFile
 from compression.recipe import Quantization, Recipe
-from compression.sequential import chain_directory
 from compression.text import CalibrationText
-from compression.workspace import Workspace
+from compression.workspace import Workspace, chain_directory
 from parallelism.layer_reader import CheckpointWeights, plain_family
 from tests.compression import made
 
@@ -34,9 +33,7 @@ def text(tmp_path: Path) -> CalibrationText:
     return CalibrationText(data_dir=data, sequence_length=24, sequences=SEQUENCES, seed=3, damping=0.01)
 
 
-def _chain(
-    source: str, text: CalibrationText, out: Path, layers: int = CONFIG.layers, recipe: Recipe = ROUND
-) -> None:
+def _chain(source: str, text: CalibrationText, out: Path, layers: int = CONFIG.layers, recipe: Recipe = ROUND) -> None:
     tasks.compress_outer(source, [recipe], str(out))
     for layer in range(layers):
         tasks.compress_next(source, layer, recipe, str(out), text=text)

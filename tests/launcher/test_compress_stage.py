@@ -66,7 +66,7 @@ def _context(journal: Journal, room: Room) -> JobContext:
     journal.set_state(JobState.RUNNING)
     spec = journal.spec()
     generous = spec.model_copy(update={"execution": spec.execution.model_copy(update={"max_restarts": 50})})
-    return JobContext(journal, generous, room, Control(journal), dict)
+    return JobContext(journal, generous, room, Control(journal, poll_seconds=0.05), dict)
 
 
 def _run(job: JobContext) -> dict[str, str]:
