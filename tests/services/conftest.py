@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from services.store.database import Database
+from tests.services.stores import new_database, postgres_server
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 600
@@ -93,3 +97,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedJob:
     ended = espalier("run", job_file, "--home", home, "--json", timeout=RUN_SECONDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return FinishedJob(home, job_file, spec, ended)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server for the whole run."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty job store: every test that asks for it runs on both kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    return new_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A store with its tables."""
+    made = Database(database_url)
+    made.migrate()
+    yield made
+    made.close()

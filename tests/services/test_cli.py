@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from launcher.jobs import Home, list_jobs
 from launcher.states import JobState
-from launcher.tracking import EXPERIMENT, RUN_TAG, default_uri
+from launcher.tracking import default_uri
+from launcher.tracking_feed import EXPERIMENT, RUN_TAG
 from tests.services.conftest import ROOT, RUN_SECONDS, FinishedJob, command, espalier, small_job
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
@@ -82,11 +83,11 @@ def test_everything_is_in_mlflow_when_the_command_ends(finished: FinishedJob) ->
     client = MlflowClient(default_uri(finished.home))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    runs = {run.data.tags[RUN_TAG]: run for run in client.search_runs([experiment.experiment_id])}
+    runs = {run.data.tags.get(RUN_TAG, ""): run for run in client.search_runs([experiment.experiment_id])}
     variants = {row["name"] for row in finished.result["variants"]}
     assert set(runs) == {"", "small", "large"} | variants
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert finished.result["mlflow_url"].endswith(runs[""].info.run_id)
+    assert f"/runs/{runs[''].info.run_id}?" in finished.result["mlflow_url"]
     for row in finished.result["candidates"]:
         history = client.get_metric_history(runs[row["name"]].info.run_id, "tokens")
         assert [point.step for point in history] == list(range(1, row["steps"] + 1))
