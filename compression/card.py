@@ -11,7 +11,7 @@ def model_card(export: ExportResult, facts: Mapping[str, Any]) -> str:
     rows = {
         "variant": facts["variant"],
         **{key.replace("_", " "): value for key, value in facts["lineage"].items()},
-        "recipe": _recipe(facts["recipe"]),
+        "recipe": recipe_in_words(facts["recipe"]),
         **_trained(facts["trained"]),
         "parameters": _number(facts["parameters"]),
         "linear weights set to zero": f"{facts['sparsity']:.1%}",
@@ -53,7 +53,8 @@ def _trained(trained: Mapping[str, Any]) -> dict[str, str]:
     return {"trained": "{step:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs".format(**trained)}
 
 
-def _recipe(recipe: Mapping[str, Any]) -> str:
+def recipe_in_words(recipe: Mapping[str, Any]) -> str:
+    """What a recipe, given as it stands in documents, does to a model."""
     parts = []
     if structure := recipe.get("structure"):
         removed = [f"{share:.0%} of the {part}" for part, share in structure.items() if share]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compression.harness import PREFIX
+
 JOB = ""
 """Key of the job's own run."""
 
@@ -58,12 +60,15 @@ class Changes:
 class Translation:
     """Folds events, in order, into changes per run.
 
-    ``last_steps`` (series → last step written) is the memory that makes steps strictly increase: a trainer that resumes
-    from a checkpoint repeats the steps after it, with the same values, and those are left out.
+    ``last_steps`` (series → last step written) is the memory that makes steps increase: a trainer that resumes from a
+    checkpoint repeats the steps after it, with the same values, and those are left out. What a candidate has burnt is
+    drawn against its training step too, where a restart shows as a rise; what nodes report, against the seconds since
+    the job ``began`` (a time in seconds since 1970).
     """
 
-    def __init__(self, last_steps: Mapping[str, int]) -> None:
+    def __init__(self, last_steps: Mapping[str, int], began: float) -> None:
         self.last_steps = dict(last_steps)
+        self.began = began
         self.changes: dict[str, Changes] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -85,6 +90,11 @@ class Translation:
         self.last_steps[series] = step
         return True
 
+    def highest(self, series: str, step: int) -> int:
+        """The step, or the highest that the series has had."""
+        self.last_steps[series] = max(step, self.last_steps.get(series, 0))
+        return self.last_steps[series]
+
     def _state(self, event: Mapping[str, Any]) -> None:
         state = str(event["state"])
         changes = self.of(JOB, event)
@@ -94,7 +104,7 @@ class Translation:
     def _attempt(self, event: Mapping[str, Any]) -> None:
         changes = self.of(JOB, event)
         changes.tags["espalier.attempts"] = str(event["epoch"])
-        changes.metrics.append(_point("attempts", event["epoch"], event["number"], event))
+        changes.metrics.append(_point("attempts", event["epoch"], event["epoch"], event))
 
     def _start(self, event: Mapping[str, Any]) -> None:
         changes = self.of(event["candidate"], event)
@@ -137,26 +147,31 @@ class Translation:
         changes = self.of(event.get("candidate") or JOB, event)
         for name in ("device_seconds", "wall_seconds"):
             if event.get(name) is not None:
-                hours = event[name] / 3600.0
-                changes.metrics.append(_point(f"burnt_{name.partition('_')[0]}_hours", hours, event["number"], event))
+                key, step = f"burnt_{name.partition('_')[0]}_hours", self._burnt_at(event, "step")
+                changes.metrics.append(_point(key, event[name] / 3600.0, step, event))
         system = event.get("system") or {}
         for node, numbers in ({event["node"]: system} if event.get("node") else system).items():
             for name, value in flatten(numbers, numbers=True).items():
-                changes.metrics.append(_point(f"system/{node}/{name}", value, event["number"], event))
+                changes.metrics.append(_point(f"system/{node}/{name}", value, round(event["time"] - self.began), event))
+
+    def _burnt_at(self, event: Mapping[str, Any], field: str) -> int:
+        """The training step against which something burnt is drawn."""
+        return self.highest(f"{event.get('candidate') or JOB}:burnt", int(event.get(field) or 0))
 
     def _restart(self, event: Mapping[str, Any]) -> None:
         changes = self.of(event.get("candidate") or JOB, event)
         changes.tags["espalier.last_restart"] = str(event.get("reason", ""))
         lost = event.get("lost_device_seconds")
         if lost is not None:
-            changes.metrics.append(_point("lost_device_hours", lost / 3600.0, event["number"], event))
+            step = self._burnt_at(event, "from_step")
+            changes.metrics.append(_point("lost_device_hours", lost / 3600.0, step, event))
 
     def _variant(self, event: Mapping[str, Any]) -> None:
         changes = self.of(event["name"], event)
         changes.params |= flatten({"recipe": event.get("recipe") or {}})
         changes.params["variant"] = str(event["name"])
         for name, value in variant_numbers(event).items():
-            changes.metrics.append(_point(name, value, event["number"], event))
+            changes.metrics.append(_point(name, value, 0, event))
         changes.set_status("FINISHED", _milliseconds(event["time"]))
 
 
@@ -182,14 +197,31 @@ def variant_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers | flatten(row.get("metrics") or {}, numbers=True)
 
 
-def closing_changes(row: Mapping[str, Any], number: int, milliseconds: int) -> Changes:
+def closing_variant(row: Mapping[str, Any], milliseconds: int) -> Changes:
     """What a variant's run says at the end, from its row in the result document: frontier or not, export's size."""
     changes = Changes(milliseconds, tags={"espalier.on_frontier": str(bool(row["on_frontier"])).lower()})
     if row.get("path"):
         changes.tags["espalier.path"] = str(row["path"])
     if row.get("export_bytes") is not None:
-        changes.metrics.append(Point("export_bytes", float(row["export_bytes"]), number, milliseconds))
+        changes.metrics.append(Point("export_bytes", float(row["export_bytes"]), 0, milliseconds))
+    scores = {name: value for name, value in (row.get("metrics") or {}).items() if name.startswith(f"{PREFIX}/")}
+    changes.metrics += [Point(name, float(value), 0, milliseconds) for name, value in scores.items()]
     return changes
+
+
+def closing_job(result: Mapping[str, Any], milliseconds: int) -> Changes:
+    """What the job's run says at the end, so that jobs can be compared in a list: what came out, and what it took."""
+    chosen = sorted((row for row in result["variants"] if row.get("on_frontier")), key=lambda row: row["bytes"])
+    numbers = {
+        "variants": len(result["variants"]),
+        "frontier_variants": len(chosen),
+        "burnt_device_hours": sum(row["device_seconds"] for row in result["candidates"]) / 3600.0,
+    }
+    if chosen:
+        quality = chosen[-1]["quality"]  # along the frontier quality grows with size
+        numbers |= {"smallest_bytes": chosen[0]["bytes"], f"best_{quality['metric']}": quality["value"]}
+    points = [Point(key, float(value), 0, milliseconds) for key, value in numbers.items()]
+    return Changes(milliseconds, metrics=points)
 
 
 def perplexity(loss: float) -> float:
@@ -214,31 +246,6 @@ def flatten(tree: Any, prefix: str = "", numbers: bool = False) -> dict[str, Any
     return flat
 
 
-def summary(name: str, state: str, result: Mapping[str, Any]) -> str:
-    """Markdown for the description of the job's run, from the result document (contract 11)."""
-    lines = [f"## {name}: {state}", ""]
-    if result.get("error"):
-        lines += [f"**{result['error']}**", ""]
-    candidates = result.get("candidates") or []
-    if candidates:
-        lines += ["| candidate | parameters | layout | steps | tokens | validation loss |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row['name']} | {_text(row.get('parameters'))} | {row.get('layout')} | {_text(row.get('steps'))} "
-            f"| {_text(row.get('tokens'))} | {_text(row.get('validation_loss'))} |"
-            for row in candidates
-        ]
-        lines.append("")
-    frontier = sorted(
-        (row for row in result.get("variants") or [] if row.get("on_frontier")), key=lambda row: row["bytes"]
-    )
-    if frontier:
-        metric = frontier[0]["quality"]["metric"]
-        lines += ["### Frontier", "", f"| variant | bytes | {metric} |", "|---|---|---|"]
-        lines += [f"| {row['name']} | {_text(row['bytes'])} | {_text(row['quality']['value'])} |" for row in frontier]
-        lines.append("")
-    return "\n".join(lines)
-
-
 def _training_values(row: Mapping[str, Any]) -> dict[str, float]:
     values = {name: float(row[name]) for name in TRAINING_SERIES if row.get(name) is not None}
     for source, name, unit in (
@@ -257,9 +264,3 @@ def _point(key: str, value: float, step: int, event: Mapping[str, Any]) -> Point
 
 def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value if value is not None else "–")

@@ -26,17 +26,14 @@ from launcher.tracking import (
     EXIT_BUSY,
     EXIT_DONE,
     EXIT_UNREACHABLE,
-    EXPERIMENT,
-    RUN_TAG,
-    Cursor,
-    Feeder,
     FeederProcess,
     Leaving,
-    TrackedJob,
     default_uri,
     follow,
 )
-from launcher.tracking_records import JOB, Translation, flatten, perplexity, summary
+from launcher.tracking_feed import EXPERIMENT, NOTE_TAG, RUN_TAG, Cursor, Feeder, TrackedJob
+from launcher.tracking_records import JOB, Translation, flatten, perplexity
+from launcher.tracking_text import summary
 
 STEPS = 1200  # of the large candidate: more points than MLflow takes in one request
 
@@ -117,8 +114,8 @@ def runs(uri: str) -> dict[str, Run]:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
-    assert Counter(run.data.tags[RUN_TAG] for run in found).most_common(1)[0][1] == 1
-    return {run.data.tags[RUN_TAG]: run for run in found}
+    assert Counter(run.data.tags.get(RUN_TAG, JOB) for run in found).most_common(1)[0][1] == 1
+    return {run.data.tags.get(RUN_TAG, JOB): run for run in found}
 
 
 def history(uri: str, run: Run, metric: str) -> list[tuple[int, float]]:
@@ -251,7 +248,7 @@ def test_server_killed_in_the_middle_loses_and_doubles_nothing(journal: Journal,
 
     place = journal.document("tracking/mlflow")
     assert place is not None
-    assert place["url"].endswith(f"/runs/{found[JOB].info.run_id}")
+    assert place["url"].endswith(f"/runs/{found[JOB].info.run_id}?workflowType=machine_learning")
 
     # Feeding the finished job again changes nothing.
     before = {key: (run.data.metrics, run.data.tags) for key, run in found.items()}
@@ -278,7 +275,11 @@ def test_feeding_without_the_cursor_doubles_nothing_and_artifacts_are_there(jour
         assert len(history(uri, found["small"], metric)) == 1
     assert len(history(uri, found["small/dense"], "perplexity")) == 1
     assert found[JOB].info.status == found["small"].info.status == "FAILED"
-    assert "the disk is full" in found[JOB].data.tags["mlflow.note.content"]
+    assert "the disk is full" in found[JOB].data.tags[NOTE_TAG]
+    assert found[JOB].data.metrics.items() >= {"variants": 1, "frontier_variants": 0}.items()
+    assert "gpt, layers 2, hidden 64, heads 4" in found["small"].data.tags[NOTE_TAG]
+    assert "magnitude pruning to 50% zeros" in found["small/dense"].data.tags[NOTE_TAG]
+    assert found["small/dense"].info.run_name == "small/dense"
     assert found[JOB].data.params["budget.tokens"] == "1000000.0"
 
     names = {item.path for item in MlflowClient(uri).list_artifacts(found[JOB].info.run_id)}
@@ -342,13 +343,13 @@ def test_deleted_runs_are_fed_again_from_the_beginning(journal: Journal, uri: st
     assert feed_once(journal, uri) == EXIT_DONE
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    again = {run.data.tags[RUN_TAG]: run for run in client.search_runs([experiment.experiment_id])}
+    again = {run.data.tags.get(RUN_TAG, JOB): run for run in client.search_runs([experiment.experiment_id])}
     assert set(again) == {JOB, "small"}
     assert [step for step, _ in history(uri, again["small"], "train_loss")] == list(range(1, 21))
 
 
 def test_repeated_steps_are_left_out_and_a_diverged_loss_is_kept() -> None:
-    translation = Translation({"small:train": 2})
+    translation = Translation({"small:train": 2}, 0.0)
     steps = [{"step": 2, "loss": 1.0, "time": 98.0}, {"step": 3, "loss": "nan", "time": 99.5}]
     translation.add({"kind": "train.step", "number": 9, "time": 100.0, "candidate": "small", "steps": steps})
     points = [point for point in translation.changes["small"].metrics if point.key == "train_loss"]
@@ -358,11 +359,25 @@ def test_repeated_steps_are_left_out_and_a_diverged_loss_is_kept() -> None:
 
 
 def test_steps_have_the_time_of_the_rank_and_not_of_the_event_that_brings_them() -> None:
-    translation = Translation({})
+    translation = Translation({}, 0.0)
     steps = [{"step": step, "loss": 1.0, "time": 90.0 + step} for step in (1, 2, 3)]
     translation.add({"kind": "train.step", "number": 1, "time": 100.0, "candidate": "small", "steps": steps})
     times = [point.milliseconds for point in translation.changes["small"].metrics if point.key == "train_loss"]
     assert times == [91_000, 92_000, 93_000]
+
+
+def test_what_is_burnt_is_drawn_against_training_steps_and_what_nodes_report_against_seconds() -> None:
+    """A restart goes back in steps, but what was burnt stays burnt: it shows as a rise at the step that was reached."""
+    translation = Translation({}, 1000.0)
+    beats = [(1010.0, 30, 36.0), (1020.0, 60, 72.0), (1035.0, 40, 108.0), (1045.0, 70, 144.0)]
+    for number, (time_, step, seconds) in enumerate(beats):
+        fields = {"candidate": "small", "step": step, "device_seconds": seconds}
+        translation.add({"kind": "heartbeat", "number": number, "time": time_, **fields})
+        system = {"candidate": None, "node": "n1", "system": {"cpu_percent": 50.0}}
+        translation.add({"kind": "heartbeat", "number": number, "time": time_, **system})
+    burnt = [(point.step, point.value) for point in translation.changes["small"].metrics]
+    assert burnt == [(30, 0.01), (60, 0.02), (60, 0.03), (70, 0.04)]
+    assert [point.step for point in translation.changes[JOB].metrics] == [10, 20, 35, 45]
 
 
 def test_flatten_keeps_names_dotted_and_numbers_apart() -> None:
@@ -378,10 +393,14 @@ def test_perplexity_of_a_hopeless_loss_is_infinite() -> None:
 
 def test_summary_lists_the_frontier_by_size() -> None:
     quality = {"metric": "perplexity", "value": 7.0, "higher_is_better": False}
+    shared = {"candidate": "c", "quality": quality, "bits_per_parameter": 8.0, "sparsity": 0.5}
     variants = [
-        {"candidate": "c", "name": f"c/{name}", "bytes": size, "quality": quality, "on_frontier": on_frontier}
+        {**shared, "name": f"c/{name}", "bytes": size, "on_frontier": on_frontier}
         for name, size, on_frontier in (("big", 900, True), ("lost", 500, False), ("tiny", 100, True))
     ]
-    text = summary("job", "succeeded", {"candidates": [], "variants": variants})
-    assert text.index("c/tiny") < text.index("c/big")
+    candidates = [{"name": "c", "parameters": 5000, "layout": {"tensor": 2, "engine": "lean"}, "steps": 7}]
+    text = summary("job", "succeeded", {"candidates": candidates, "variants": variants})
+    assert "3 variants, 2 of them on the frontier: the smallest is `c/tiny` (100 B, perplexity 7), the best" in text
+    assert text.index("| c/tiny | 100 B | 7 |") < text.index("| c/big | 900 B | 7 |")
     assert "c/lost" not in text
+    assert "| c | 5,000 | T2×P1×D1 lean | 7 |" in text
