@@ -19,7 +19,7 @@ from launcher.problems import SpecError
 from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import FINAL, JobState
-from launcher.tracking import EXIT_DONE, default_uri
+from launcher.tracking import EXIT_DONE, default_uri, page_url
 from services import operator_commands, service_commands, tables
 from services.dryrun import DryRunError, dry_run
 from services.foreground import run_in_foreground
@@ -253,7 +253,7 @@ def ui(
     """Serve MLflow's web interface on the home's store until Ctrl-C."""
     stderr.print("starting MLflow …")
     with mlflow_server(home_at(home).path, choose_port(port)) as address:
-        stdout.print(address)
+        stdout.print(page_url(address), soft_wrap=True)
         stderr.print("Ctrl-C ends it")
         while True:
             time.sleep(3600)

@@ -1,8 +1,6 @@
 """MLflow's own web interface on the store of a home, on this machine only."""
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +40,7 @@ def mlflow_server(home: Path, port: int) -> Iterator[str]:
     """
     command, log_path = mlflow_command(home, port), home / "mlflow" / "server.log"
     with open(log_path, "wb") as log:
-        # In a session of its own, so that it can be ended whole: it starts workers.
+        # In a session of its own: Ctrl-C is for us, who let it end in order.
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=mlflow_environment(), start_new_session=True
         )
@@ -55,12 +53,13 @@ def mlflow_server(home: Path, port: int) -> Iterator[str]:
 
 
 def mlflow_command(home: Path, port: int) -> list[str]:
-    """The command line of a server on the home's store; the store's folder is made."""
+    """The command line of a server on the home's store that ends with this process; the store's folder is made."""
     uri = default_uri(home)
     artifacts = artifacts_beside(uri)
     assert artifacts is not None, "the home's store is a SQLite file"
     artifacts.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "services.keeper", str(os.getpid()), sys.executable, "-m", "mlflow", "server"]
+    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
     return [*command, "--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
 
 
@@ -82,13 +81,8 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log_path:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to end; what has not followed the server then (a worker just starting) is killed."""
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
+    """Ask the server's keeper to end it with all its workers, which takes up to its patience."""
+    server.terminate()
     server.wait()
 
 

@@ -122,8 +122,7 @@ class Embedded:
         self.say("Ray         a cluster of its own for each job, on 127.0.0.1")
         if self.settings.mlflow is None:
             port = int(str(self.settings.mlflow_url).rpartition(":")[2])
-            command = [sys.executable, "-m", "services.keeper", str(os.getpid())]
-            command += mlflow_command(self.settings.home, port)
+            command = mlflow_command(self.settings.home, port)
             self._add(Part("MLflow", command, self.settings.home / "mlflow" / "server.log", mlflow_environment()))
             self.say(f"MLflow      {self.settings.mlflow_url} (it takes a few seconds to answer)")
         elif self.settings.mlflow != NO_TRACKING:

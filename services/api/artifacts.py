@@ -17,6 +17,7 @@ from compression.results import Variant
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.states import JobState
+from launcher.tracking import page_url
 from services.api.context import Service, service_of
 from services.api.documents import FileDocument, FrontierDocument, VariantDocument
 from services.api.jobs import JobId, Reader, base_url
@@ -157,9 +158,7 @@ def mlflow(request: Request, who: Reader, job_id: JobId) -> Response:
 def mlflow_address(server: str, journal: Journal | None) -> str:
     """Where a job's run is, or will be listed."""
     place = journal.document("tracking/mlflow") if journal else None
-    if place is None:
-        return f"{server.rstrip('/')}/#/experiments"
-    return f"{server.rstrip('/')}/#/experiments/{place['experiment_id']}/runs/{place['run_id']}"
+    return page_url(server, place["experiment_id"], place["run_id"]) if place else page_url(server)
 
 
 def _result(service: Service, owner: str | None, job_id: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class Dispatcher:
             self._jobs.note(row.id, lease, handle=None)
         elif isinstance(action, Settle):
             end_processes(watched.view)
-            rest_job(watched.journal, action.state, action.error)
+            rest_job(watched.journal, action.state, self._told(row, action, watched))
             self._jobs.note(row.id, lease, handle=None)
         elif isinstance(action, Submit):
             if row.handle:
@@ -205,6 +205,13 @@ class Dispatcher:
                 self._intend(row, watched, action, lease)
             elif time.time() >= action.not_before:
                 self._submit(row, watched, lease)
+
+    def _told(self, row: JobRow, action: Settle, watched: Watched) -> str | None:
+        """Why the job rests, with the last words of a coordinator that was given up."""
+        if action.state is not JobState.FAILED or not row.handle:
+            return action.error
+        last_words = self._backend(watched).logs(row.handle, watched.journal, lines=5)
+        return f"{action.error}\n{last_words}".strip()
 
     def _intend(self, row: JobRow, watched: Watched, action: Submit, lease: Lease) -> None:
         """Write down that a coordinator is about to start: whoever leads next looks for it."""

@@ -1,6 +1,9 @@
 """MLflow's interface on a home's store: it answers, on this machine only, and leaves nothing behind."""
 
 import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -26,6 +29,36 @@ def test_server_answers_on_the_loopback_and_ends_whole(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(started, timeout=20)
     assert alive == []
     assert (tmp_path / "mlflow" / "mlflow.db").exists()
+
+
+def test_a_server_does_not_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
+    """Seen on a command that is quicker to start: a shell with a child of its own stands for the server."""
+    starts = (
+        "import os, subprocess, sys, time\n"
+        "command = [sys.executable, '-m', 'services.keeper', str(os.getpid()), *sys.argv[1:]]\n"
+        "subprocess.Popen(command)\n"
+        "time.sleep(300)\n"
+    )
+    server = ["sh", "-c", "sleep 301 & wait"]
+    owner = subprocess.Popen([sys.executable, "-c", starts, *server])
+    try:
+        kept = _wait_for_names(psutil.Process(owner.pid), {"sh", "sleep"})
+    finally:
+        owner.kill()
+        owner.wait()
+    _, alive = psutil.wait_procs(kept, timeout=30)
+    assert alive == []
+
+
+def _wait_for_names(process: psutil.Process, names: set[str]) -> list[psutil.Process]:
+    """What the process has started, once processes of these names are among it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = process.children(recursive=True)
+        if names <= {one.name() for one in found}:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{names} were not started")
 
 
 def test_taken_port_is_refused_with_a_remedy() -> None:

@@ -1,0 +1,250 @@
+"""Dispatchers as processes, with a coordinator that needs no cluster: who works on a job, and from where."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.journal import Journal
+from launcher.spec import JobSpec
+from launcher.states import JobState
+from services.dispatcher.loop import Dispatcher
+from services.settings import Settings
+from services.store.database import Database
+from services.store.jobs import Account, Filter, JobStore, NewJob, Wish
+from services.store.tables import JobRow
+from tests.launcher.made import spec_document
+from tests.services.conftest import ROOT
+from tests.services.running import until
+
+SECONDS = 90.0
+
+
+class Bench:
+    """A store, a home, and dispatchers on both."""
+
+    def __init__(self, home: Path, database: str, **changes: Any) -> None:
+        known: dict[str, Any] = {
+            "coordinator": "tests.services.quick_coordinator",
+            "mlflow": "none",
+            "lease_seconds": 2.0,
+        }
+        self.settings = Settings(home=home, database=database, poll_seconds=0.1, **{**known, **changes})
+        store = Database(database)
+        store.migrate()
+        self.jobs = JobStore(store)
+
+    def submit(self, steps: int, owner: str = "anna", devices: int = 1, **changes: Any) -> str:
+        """A job of so many steps."""
+        number = len(self.jobs.page(Filter(), 200))
+        spec = JobSpec.model_validate(spec_document(seed=steps))
+        new = NewJob(f"tiny-{number:04d}", "tiny", spec.model_dump(mode="json"), {}, "x", devices, **changes)
+        return self.jobs.submit(new, Account(owner))[0].id
+
+    @contextmanager
+    def dispatcher(self) -> Iterator[subprocess.Popen[bytes]]:
+        """One more dispatcher; left by SIGTERM at the end."""
+        command = [sys.executable, "-m", "services.dispatcher", str(self.settings.write())]
+        with open(self.settings.home / "dispatcher.log", "ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+                process.wait(30)
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """A dispatcher in a thread of this process, for tests that do nothing to it."""
+        ended = threading.Event()
+        dispatcher = Dispatcher(self.settings)
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(dispatcher.run, lambda: "leave" if ended.is_set() else None)
+            try:
+                yield
+            finally:
+                ended.set()
+        running.result()
+
+    def row(self, job: str) -> JobRow:
+        return self.jobs.get(job, None)
+
+    def journal(self, job: str) -> Journal:
+        return Journal(self.settings.home / "jobs" / job)
+
+    def reaches(self, job: str, *states: JobState) -> JobRow:
+        """Wait until the store says so, and nobody holds devices for a job that rests."""
+        try:
+            until(lambda: self.row(job).state in states, SECONDS)
+        except TimeoutError:
+            log = (self.settings.home / "dispatcher.log").read_text()[-3000:]
+            raise AssertionError(f"{job} is {self.row(job).state}\n{log}") from None
+        return self.row(job)
+
+    def steps(self, job: str, least: int) -> None:
+        """Wait until the job has done so many steps."""
+        until(lambda: len(self.done(job)) >= least, SECONDS)
+
+    def done(self, job: str) -> list[tuple[int, int]]:
+        """Step and epoch of everything that a coordinator did."""
+        log = self.journal(job).logs_dir / "coordinator.log"
+        text = log.read_text() if log.exists() else ""
+        return [(int(step), int(epoch)) for step, epoch in re.findall(r"step (\d+) of epoch (\d+)", text)]
+
+    def pid(self, job: str) -> int:
+        """The process that works on the job."""
+        holder = self.journal(job).holder()
+        assert holder is not None
+        return int(holder["pid"])
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path, f"sqlite:///{tmp_path}/jobs.db")
+
+
+def test_a_job_runs_to_its_end_on_either_store(tmp_path: Path, database_url: str) -> None:
+    bench = Bench(tmp_path, database_url)
+    job = bench.submit(20)
+    with bench.led():
+        row = bench.reaches(job, JobState.SUCCEEDED)
+        until(lambda: bench.row(job).handle is None)
+    assert [step for step, _ in bench.done(job)] == list(range(1, 21))
+    assert (row.epoch, row.error, row.waiting) == (1, None, None)
+    row = bench.row(job)
+    assert row.progress == 1.0
+    assert row.device_seconds == pytest.approx(1.0)
+    assert row.observed["candidates"][0]["step"] == 20
+    assert bench.jobs.used_hours("owner anna") == pytest.approx(1.0 / 3600)
+    assert bench.journal(job).document("service")["owner"] == "anna"
+
+
+def test_pause_resume_and_cancel(bench: Bench) -> None:
+    job, queued = bench.submit(60, devices=2), bench.submit(5, devices=2)
+    with bench.led():
+        bench.steps(job, 8)
+        until(lambda: "devices" in (bench.row(queued).waiting or ""))
+        bench.jobs.ask(queued, None, Wish("cancel"))
+        assert bench.reaches(queued, JobState.CANCELLED).epoch == 1
+        assert bench.done(queued) == []
+        bench.jobs.ask(job, None, Wish("pause"))
+        bench.reaches(job, JobState.PAUSED)
+        paused_at = len(bench.done(job))
+        until(lambda: bench.row(job).handle is None)
+        bench.jobs.ask(job, None, Wish("run"))
+        bench.steps(job, paused_at + 5)
+        # Every step was done once: the pause left a checkpoint of the last one.
+        assert [step for step, _ in bench.done(job)][: paused_at + 5] == list(range(1, paused_at + 6))
+        bench.jobs.ask(job, None, Wish("cancel"))
+        assert bench.reaches(job, JobState.CANCELLED).epoch == 2
+
+
+def test_a_dispatcher_that_is_killed_leaves_jobs_running_and_the_next_one_adopts_them(bench: Bench) -> None:
+    job = bench.submit(80)
+    with bench.dispatcher() as first:
+        bench.steps(job, 5)
+        worker = bench.pid(job)
+        first.kill()
+        first.wait()
+        before = len(bench.done(job))
+        bench.steps(job, before + 5)  # nobody dispatches, and it goes on
+        with bench.led():
+            row = bench.reaches(job, JobState.SUCCEEDED)
+    assert row.epoch == 1
+    assert {event["pid"] for event in bench.journal(job).events() if event["kind"] == "process_started"} == {worker}
+    assert [step for step, _ in bench.done(job)] == list(range(1, 81))
+
+
+def test_a_coordinator_that_is_killed_is_replaced_from_its_checkpoint(bench: Bench) -> None:
+    job = bench.submit(40)
+    with bench.led():
+        bench.steps(job, 12)
+        os.kill(bench.pid(job), signal.SIGKILL)
+        row = bench.reaches(job, JobState.SUCCEEDED)
+    assert row.epoch == 2
+    second = [step for step, epoch in bench.done(job) if epoch == 2]
+    assert second[0] in (6, 11, 16)  # right after a checkpoint
+    assert second[-1] == 40
+
+
+def test_one_that_was_stopped_and_wakes_up_changes_nothing(bench: Bench) -> None:
+    job = bench.submit(150)
+    with bench.dispatcher() as first:
+        bench.steps(job, 3)
+        os.kill(first.pid, signal.SIGSTOP)
+        with bench.dispatcher():
+            until(lambda: "leads" in (bench.settings.home / "dispatcher.log").read_text().split("started")[-1])
+            bench.jobs.ask(job, None, Wish("pause"))
+            bench.reaches(job, JobState.PAUSED)
+            os.kill(first.pid, signal.SIGCONT)
+            bench.jobs.ask(job, None, Wish("run"))
+            bench.reaches(job, JobState.SUCCEEDED)
+    assert bench.row(job).epoch == 2
+    assert [step for step, _ in bench.done(job)] == list(range(1, 151))
+
+
+def test_two_epochs_never_live_at_once(bench: Bench) -> None:
+    """A coordinator wakes up beside a successor that was started elsewhere: it is refused and ends."""
+    job = bench.submit(60)
+    with bench.led():
+        bench.steps(job, 5)
+        first = bench.pid(job)
+        os.kill(first, signal.SIGSTOP)
+        bench.journal(job).claim_epoch()  # this process now holds the job
+        os.kill(first, signal.SIGCONT)
+        row = bench.reaches(job, JobState.SUCCEEDED)
+    assert row.epoch == 3
+    epochs = [event["epoch"] for event in bench.journal(job).events()]
+    assert epochs == sorted(epochs)  # nothing of the first one behind the second one's beginning
+
+
+def test_stopping_the_service_checkpoints_and_the_next_start_goes_on(bench: Bench) -> None:
+    job = bench.submit(60)
+    with bench.dispatcher() as first:
+        bench.steps(job, 7)
+        first.send_signal(signal.SIGINT)
+        first.wait(30)
+    row = bench.row(job)
+    assert (row.state, row.desired, row.handle) == (JobState.INTERRUPTED, "run", None)
+    stopped_at = len(bench.done(job))
+    with bench.led():
+        bench.reaches(job, JobState.SUCCEEDED)
+    assert [step for step, _ in bench.done(job)] == list(range(1, 61))
+    assert [epoch for _, epoch in bench.done(job)] == [1] * stopped_at + [2] * (60 - stopped_at)
+
+
+def test_coordinators_that_never_begin_are_given_up_with_their_last_words(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, f"sqlite:///{tmp_path}/jobs.db", coordinator="tests.launcher.no_such_module")
+    job = bench.submit(5)
+    with bench.led():
+        row = bench.reaches(job, JobState.FAILED)
+    assert "the coordinator died 4 times without getting anywhere" in (row.error or "")
+    assert "No module named" in (row.error or "")
+
+
+def test_owners_take_turns_and_devices_are_never_given_twice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, f"sqlite:///{tmp_path}/jobs.db", devices=2)
+    jobs = [bench.submit(10, "anna") for _ in range(4)] + [bench.submit(10, "berta")]
+    with bench.led():
+        for job in jobs:
+            bench.reaches(job, JobState.SUCCEEDED)
+    lives = []
+    for job in jobs:
+        events = [
+            event for event in bench.journal(job).events() if event["kind"] in ("attempt_started", "process_ended")
+        ]
+        lives.append((events[0]["time"], events[1]["time"]))
+    for start, _ in lives:
+        assert sum(other <= start < end for other, end in lives) <= 2
+    assert lives[4][0] < lives[2][0]  # berta's, the last to come, before anna's third
