@@ -96,7 +96,7 @@ def _strengths(
     counts: Sequence[LayerCounts],
     gone: tuple[int, ...],
 ) -> dict[str, Strength]:
-    """Matrix → strength of one recipe. Layers that go are solved as well: as the recipe says by itself."""
+    """Matrix → strength of one recipe, of the layers that stay."""
     left = [one for one in measures if one.layer not in gone]
     matrices = _matrices(left, structure_name(recipe))
     sparsities: dict[str, float] = {}
@@ -107,9 +107,9 @@ def _strengths(
         sparsities = _as_shares(matrices, spread_zeros(matrices, recipe.prune.sparsity))
     if recipe.quantize is not None and recipe.quantize.allocated:
         bits = _widths(config, recipe, left, matrices, sparsities)
-    elsewhere = _matrices([one for one in measures if one.layer in gone], structure_name(recipe))
-    strengths = {name: Strength(sparsity=sparsities.get(name), bits=bits.get(name)) for name in matrices}
-    return strengths | {name: _nominal(recipe) for name in elsewhere} if sparsities or bits else {}
+    if not (sparsities or bits):
+        return {}
+    return {name: Strength(sparsity=sparsities.get(name), bits=bits.get(name)) for name in matrices}
 
 
 def spread_zeros(matrices: Mapping[str, MatrixMeasures], sparsity: float) -> dict[str, int]:
@@ -202,12 +202,6 @@ def _shapes(config: ModelConfig, recipe: Recipe, measures: Sequence[LayerMeasure
             if name.startswith(prefix):
                 shapes[f"layers.{one.layer}.{name.removeprefix(prefix).removesuffix('.weight')}"] = shape
     return shapes
-
-
-def _nominal(recipe: Recipe) -> Strength:
-    """Of a matrix that the variant leaves out, and that is solved for nothing."""
-    sparsity = recipe.prune.sparsity if recipe.prune and recipe.prune.allocated else None
-    return Strength(sparsity=sparsity, bits=min(WIDTHS) if recipe.quantize and recipe.quantize.allocated else None)
 
 
 def _removed(recipe: Recipe, measures: Sequence[LayerMeasures]) -> tuple[int, ...]:

@@ -79,29 +79,33 @@ def compress_layer(
     *,
     text: CalibrationText | None = None,
     allocations: Allocations | None = None,
+    removed: Mapping[str, Sequence[int]] | None = None,
     keep_statistics: bool = True,
     device: str | None = None,
 ) -> LayerResult:
     """Compress one layer by every recipe and commit it below ``out``; committed already, it is not done again.
 
-    ``text`` is what ``out`` was calibrated with, where a recipe needs statistics; without ``keep_statistics`` those of
-    this layer are deleted in the end. Raises ``ValueError`` for a damaged model, weights that are not finite, or
+    ``text`` is what ``out`` was calibrated with, where a recipe needs statistics; ``removed`` (recipe's name → layers)
+    are left out by those recipes, which do nothing then. Without ``keep_statistics`` those of this layer are deleted in
+    the end. Raises ``ValueError`` for a damaged model, weights that are not finite, or
     recipes that do not fit the layer.
     """
     check_names(recipes)
     place, model = default_device(device), read_source(source)
     needs_text = any(recipe.needs_statistics for recipe in recipes)
-    inputs = _inputs(source, recipes, text if needs_text else None, allocations)
+    # Of all recipes, so that the layers of a grid have one and the same.
+    inputs = _inputs(source, recipes, text if needs_text else None, allocations, *([removed] if removed else []))
+    keeping = [recipe for recipe in recipes if layer not in (removed or {}).get(recipe.name, ())]
 
     def solve() -> list[_Part]:
-        check_recipes(model.config, [recipe.as_solved for recipe in recipes])
+        check_recipes(model.config, [recipe.as_solved for recipe in keeping])
         tensors, statistics = _read_layer(source, layer, out, text if needs_text else None, place)
         assert statistics or not needs_text, "some recipe needs statistics, and there is no text"
-        solved = solve_layer(model.config, tensors, recipes, statistics, strengths_of(allocations, layer))
+        solved = solve_layer(model.config, tensors, keeping, statistics, strengths_of(allocations, layer))
         prefix = f"layers.{layer}."
         return [
             _Part(recipe.name, result.part(prefix), result.facts, [recipe])
-            for recipe, result in zip(recipes, solved, strict=True)
+            for recipe, result in zip(keeping, solved, strict=True)
         ]
 
     result = _commit(Workspace(out), layer, inputs, solve)

@@ -209,6 +209,7 @@ class GridWork:
             recipes=self.together,
             text=self._known_text,
             allocations=self._allocations,
+            removed=self.allotment.removed if self.allotment else {},
             keep_statistics=bool(self._allocated),
         )
 

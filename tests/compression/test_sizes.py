@@ -10,11 +10,12 @@ import torch
 from compression import tasks
 from compression.allocation import Allotment, allocate, bins_to_refine
 from compression.compact import CompactFile
+from compression.container import TensorFile
 from compression.evaluation import tally
 from compression.measures import WIDTHS
 from compression.recipe import Pruning, Quantization, Recipe, Structure
 from compression.reduced import reduced_config
-from compression.results import VariantFile
+from compression.results import LayerResult, VariantFile
 from compression.sizes import cost_in_bytes, fixed_bytes
 from compression.text import CalibrationText, shards
 from compression.workspace import Workspace
@@ -52,12 +53,14 @@ class Job:
         counts = [tasks.count(self.source, layer, recipes, bins, *arguments) for layer in layers] if bins else []
         return allocate(self.config, recipes, measures, counts)
 
+    def compress(self, layer: int, recipes: list[Recipe], allotment: Allotment) -> LayerResult:
+        known = {"allocations": allotment.allocations, "removed": allotment.removed}
+        return tasks.compress_layer(self.source, layer, recipes, self.out, text=self.text, **known)
+
     def variants(self, recipes: list[Recipe]) -> list[VariantFile]:
         allotment = self.allot(recipes)
         for layer in range(self.config.layers):
-            tasks.compress_layer(
-                self.source, layer, recipes, self.out, text=self.text, allocations=allotment.allocations
-            )
+            self.compress(layer, recipes, allotment)
         tasks.compress_outer(self.source, recipes, self.out)
         return [
             tasks.assemble(self.source, recipe, self.out, removed=allotment.removed.get(recipe.name, ()))
@@ -144,6 +147,31 @@ def test_the_layers_that_stay_are_the_dense_ones_in_their_order(llama: Job) -> N
             assert torch.equal(value, llama.weights[f"layers.{index}.{name}"].bfloat16().float())
     with pytest.raises(AssertionError, match="leaves 2 layers, not 4"):
         tasks.assemble(llama.source, recipe, llama.out)
+
+
+def test_layers_that_go_are_not_solved_and_those_that_stay_are_the_same_bits(llama: Job) -> None:
+    gptq = Quantization(method="gptq", bits=4, group_size=16)
+    halved = Recipe(structure=Structure(layers=0.5), quantize=gptq)
+    recipes = [Recipe(), Recipe(quantize=gptq), Recipe(structure=Structure(layers=0.5)), halved]
+    allotment = llama.allot(recipes)
+    gone = allotment.removed[halved.name]
+    assert len(gone) == 2
+
+    def tensors(layer: int, allotment: Allotment) -> dict[str, dict[str, bytes]]:
+        folder = Workspace(llama.out).layer(layer)
+        parts = llama.compress(layer, recipes, allotment).parts
+        files = {part.recipe.name: TensorFile(folder / part.file) for part in parts}
+        return {
+            name: {key: file.read(key).view(-1).view(torch.uint8).numpy().tobytes() for key in file.specs}
+            for name, file in files.items()
+        }
+
+    for layer in range(4):
+        every = tensors(layer, Allotment(allocations={}))
+        left = tensors(layer, allotment)
+        assert set(every) == {recipe.name for recipe in recipes}
+        assert set(left) == {recipe.name for recipe in recipes if layer not in gone or not recipe.structure}
+        assert left == {name: every[name] for name in left}
 
 
 def test_a_global_threshold_over_the_whole_checkpoint(llama: Job) -> None:
