@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from compression.report import short_number
 from compression.results import ExportResult
 
 
@@ -50,7 +51,8 @@ def _bits(export: ExportResult) -> float:
 def _trained(trained: Mapping[str, Any]) -> dict[str, str]:
     if not trained:
         return {}
-    return {"trained": "{step:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs".format(**trained)}
+    flops = short_number(trained["flops"])
+    return {"trained": f"{trained['step']:,} steps, {trained['tokens']:,} tokens, {flops} FLOPs"}
 
 
 def recipe_in_words(recipe: Mapping[str, Any]) -> str:

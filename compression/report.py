@@ -260,9 +260,15 @@ def _inside(box: Box, frame: Box) -> bool:
 
 
 def short_bytes(size: float) -> str:
-    """``1.5 MB`` and the like, powers of 1000."""
-    power = min(4, max(0, int(math.log10(size) // 3))) if size >= 1 else 0
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    """``1.5 MB`` and the like: three digits, powers of 1000."""
+    rounded = float(f"{size:.3g}")  # 999,900 bytes are 1 MB, not 1000 kB
+    power = min(4, max(0, int(math.log10(rounded) // 3))) if rounded >= 1 else 0
+    return f"{rounded / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def short_number(number: float) -> str:
+    """Three digits: ``0.0521``, ``3e12``."""
+    return f"{number:.3g}".replace("e+", "e")
 
 
 def _is_dense(variant: Variant) -> bool:

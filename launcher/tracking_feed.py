@@ -27,6 +27,7 @@ from launcher.tracking_records import (
     TERMINAL,
     Changes,
     Translation,
+    closing_candidate,
     closing_job,
     closing_variant,
     flatten,
@@ -233,7 +234,7 @@ class Feeder:
             if row["name"] in self._known:
                 variants = [each for each in result["variants"] if each["candidate"] == row["name"]]
                 text = candidate_text(row, self._job.candidate_params(row["name"]), variants)
-                self._write(row["name"], _with_note(Changes(milliseconds), text))
+                self._write(row["name"], _with_note(closing_candidate(row, milliseconds), text))
         status = RUN_STATUS.get(result["state"], "RUNNING")
         self._end_candidates(status, milliseconds)
         self._upload({**self._job.documents(), "result.json": json.dumps(result, indent=1)}, self._job.report())

@@ -209,6 +209,15 @@ def closing_variant(row: Mapping[str, Any], milliseconds: int) -> Changes:
     return changes
 
 
+def closing_candidate(row: Mapping[str, Any], milliseconds: int) -> Changes:
+    """What a candidate's run says at the end: all that it has burnt, of which the last heartbeat saw only a part."""
+    changes = Changes(milliseconds)
+    if row.get("device_seconds"):
+        hours = row["device_seconds"] / 3600.0
+        changes.metrics.append(Point("burnt_device_hours", hours, row["steps"], milliseconds))
+    return changes
+
+
 def closing_job(result: Mapping[str, Any], milliseconds: int) -> Changes:
     """What the job's run says at the end, so that jobs can be compared in a list: what came out, and what it took."""
     chosen = sorted((row for row in result["variants"] if row.get("on_frontier")), key=lambda row: row["bytes"])

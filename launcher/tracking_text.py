@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compression.card import recipe_in_words
-from compression.report import short_bytes
+from compression.report import short_bytes, short_number
 from parallelism.layout import Layout
 
 ABOUT = """Jobs of Espalier: candidates trained under one budget, compressed, and held against each other.
@@ -45,12 +45,13 @@ def summary(name: str, state: str, result: Row) -> str:
 def candidate_text(row: Row, settings: Row, variants: Sequence[Row]) -> str:
     """Of a candidate: what it is (``settings``: model or source), what training brought, its variants."""
     steps, burnt, lost = row.get("steps"), row.get("device_seconds"), row.get("lost_device_seconds") or 0.0
+    hours, wasted = short_number((burnt or 0.0) / 3600), short_number(lost / 3600)
     facts = {
         "model": _model(settings),
         "parameters": _number(row.get("parameters")),
         "layout": layout_text(row.get("layout")),
-        "trained": f"{steps:,} steps, {row['tokens']:,} tokens, {row['flops']:.3g} FLOPs" if steps else "",
-        "device hours": f"{burnt / 3600:.3g}, {lost / 3600:.3g} of them lost in restarts" if burnt else "",
+        "trained": f"{steps:,} steps, {row['tokens']:,} tokens, {short_number(row['flops'])} FLOPs" if steps else "",
+        "device hours": f"{hours}, {wasted} of them lost in restarts" if burnt else "",
         "held-out loss": _number(row.get("validation_loss")),
         "checkpoint": f"`{row['checkpoint']}`" if row.get("checkpoint") else "",
         "error": row.get("error") or "",

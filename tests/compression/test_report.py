@@ -84,7 +84,8 @@ def test_few_variants_are_drawn_too(tmp_path: Path, variants: list[Variant]) -> 
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_340_000, "2.34 MB"), (7e9, "7 GB")]
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_340_000, "2.34 MB"), (7e9, "7 GB"), (999_900, "1 MB")],
 )
 def test_sizes_are_short(size: float, text: str) -> None:
     assert short_bytes(size) == text
