@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from compression.config import CompressionConfig
+from compression.harness import HarnessConfig
 from compression.results import ExportFormat
 from launcher.problems import Problem, SpecError, of_validation, of_yaml
 from parallelism.budget import Budget
@@ -56,6 +57,7 @@ class EvaluationConfig(Options):
 
     metrics: list[Literal["perplexity"]] = Field(default=["perplexity"], min_length=1)
     tokens: PositiveInt = 65536
+    harness: HarnessConfig | None = Field(default=None, description="tasks of lm-evaluation-harness, on exports")
 
 
 class ExportConfig(Options):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from compression import harness
 from compression.checks import check_exports, grid_problems, recipe_problems
 from compression.errors import RecipeError
 from compression.recipe import grid
@@ -31,7 +32,7 @@ PROFILES = ("default",)
 
 def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
     """The job's plan. Raises :class:`launcher.problems.SpecError` with all problems; writes nothing."""
-    problems = [*_execution_problems(spec, cluster), *_home_problems(home)]
+    problems = [*_execution_problems(spec, cluster), *_home_problems(home), *_harness_problems(spec)]
     problems += [_recipe_problem(error) for error in grid_problems(spec.compression)]
     facts, vocab_size = _read_data(spec, problems)
     models = _models(spec, vocab_size, problems)
@@ -137,6 +138,23 @@ def _execution_problems(spec: JobSpec, cluster: Cluster) -> Iterator[Problem]:
     if execution.backend == "local" and cluster.device_kind == "cpu" and execution.threads_per_rank > cores:
         what = f"this machine has {cores} cores"
         yield Problem("execution.threads_per_rank", execution.threads_per_rank, what, f"use {cores} or fewer")
+
+
+def _harness_problems(spec: JobSpec) -> Iterator[Problem]:
+    """Whether lm-evaluation-harness can be asked; its tasks are checked by a worker before training."""
+    config = spec.evaluation.harness
+    if config is None:
+        return
+    if not harness.installed():
+        what, how = "lm-evaluation-harness is not installed", "pip install 'espalier-service[harness]', or leave it out"
+        yield Problem("evaluation.harness", None, what, how)
+    if config.include is not None and not Path(config.include).is_dir():
+        yield Problem(
+            "evaluation.harness.include", config.include, "there is no such folder", "name a folder of task files"
+        )
+    if spec.export.variants == "none":
+        what = "the harness scores exports, and none is written"
+        yield Problem("export.variants", "none", what, "set it to frontier or all, or leave evaluation.harness out")
 
 
 def _compression_problems(

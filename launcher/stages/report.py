@@ -9,13 +9,14 @@ from launcher.journal import hash_inputs
 from launcher.pool import Task
 from launcher.stages.evaluate import measured_variants
 from launcher.stages.export import exported
+from launcher.stages.harness import harness_scores
 
 STAGE = "report"
 
 
 def report(job: JobContext) -> None:
     """Write the job's report and its rows."""
-    variants = mark_frontier(_with_exports(job, measured_variants(job)))
+    variants = mark_frontier(_with_scores(job, _with_exports(job, measured_variants(job))))
     rows = [variant.row() for variant in variants]
     inputs = hash_inputs(STAGE, job.spec.name, rows)
     if job.journal.stage_done(STAGE, inputs):
@@ -34,6 +35,13 @@ def _with_exports(job: JobContext, variants: list[Variant]) -> list[Variant]:
         if variant.name in exports
         else variant
         for variant in variants
+    ]
+
+
+def _with_scores(job: JobContext, variants: list[Variant]) -> list[Variant]:
+    scores = harness_scores(job)
+    return [
+        variant.model_copy(update={"metrics": variant.metrics | scores.get(variant.name, {})}) for variant in variants
     ]
 
 

@@ -1,11 +1,13 @@
 """Made checkpoints: canonical weights in the stored form (contract 3), in one shard or several, no process group."""
 
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
@@ -174,3 +176,23 @@ def prepared_text(folder: Path, vocab_size: int | None = None) -> Path:
     config = DataConfig(train=[str(source)], validation=0.2, documents="line", tokenizer=tokenizer, sequence_length=24)
     prepare(config, folder / "data", 1)
     return folder / "data"
+
+
+def word_task(folder: Path, questions: Sequence[tuple[str, list[str], int]]) -> str:
+    """A folder with one task of lm-evaluation-harness, ``words``: which of the choices follows a text."""
+    rows = [{"text": text, "choices": choices, "answer": answer} for text, choices, answer in questions]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "words.yaml").write_text(yaml.safe_dump(task))
+    return str(folder)

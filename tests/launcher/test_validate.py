@@ -415,6 +415,20 @@ BROKEN = [
         "makes a second recipe called heads-s25",
     ),
     Broken(
+        "tasks in a folder that is not there",
+        {"evaluation.harness": {"tasks": ["brackets"], "include": "TMP/nowhere"}},
+        "evaluation.harness.include",
+        "nowhere",
+        "name a folder of task files",
+    ),
+    Broken(
+        "the harness without exports",
+        {"evaluation.harness": {"tasks": ["brackets"]}, "export": {"variants": "none"}},
+        "export.variants",
+        "none",
+        "or leave evaluation.harness out",
+    ),
+    Broken(
         "more devices asked for than there are", {"execution.devices": 64}, "execution.devices", "64", "use 4 or fewer"
     ),
     Broken(
