@@ -13,35 +13,47 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 SystemMetrics = dict[str, float]
 
 
-def measure(directory: str = "/") -> SystemMetrics:
-    """CPU load since the last call, memory, and the disk that holds ``directory``. Bytes and percent."""
-    memory, disk = psutil.virtual_memory(), psutil.disk_usage(directory)
+class Meter:
+    """Measures the machine it is made on."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # the first call only starts psutil's clock
+        self._sent, self._received = _network_bytes()
+
+    def measure(self, directory: str = "/") -> SystemMetrics:
+        """CPU load since the last call, memory, the disk that holds ``directory``, traffic since the meter was made.
+
+        Bytes and percent.
+        """
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(directory)
+        sent, received = _network_bytes()
+        return {
+            "cpu_percent": psutil.cpu_percent(),
+            "load_1min": os.getloadavg()[0],
+            "memory_bytes": float(memory.total - memory.available),
+            "memory_percent": float(memory.percent),
+            "disk_free_bytes": float(disk.free),
+            "network_sent_bytes": float(sent - self._sent),
+            "network_received_bytes": float(received - self._received),
+        }
+
+
+def _network_bytes() -> tuple[int, int]:
+    """Sent and received since the machine was started."""
     network = psutil.net_io_counters()
-    return {
-        "cpu_percent": psutil.cpu_percent(),
-        "load_1min": os.getloadavg()[0],
-        "memory_bytes": float(memory.total - memory.available),
-        "memory_percent": float(memory.percent),
-        "disk_free_bytes": float(disk.free),
-        "network_sent_bytes": float(network.bytes_sent if network else 0),
-        "network_received_bytes": float(network.bytes_recv if network else 0),
-    }
+    return (network.bytes_sent, network.bytes_recv) if network else (0, 0)
 
 
 class NodeLostError(RuntimeError):
     """Ray has given up the node on which this process runs, so that nothing new can be started from here."""
 
 
-class NodeProbe:
+class NodeProbe(Meter):
     """Measures the node it lives on."""
 
     def node(self) -> str:
         """The node's host name."""
         return socket.gethostname()
-
-    def measure(self, directory: str) -> SystemMetrics:
-        """See :func:`measure`."""
-        return measure(directory)
 
 
 class Nodes:
@@ -53,7 +65,7 @@ class Nodes:
         self._probes: dict[str, Any] = {}
         self._names: dict[str, Any] = {}
         self._asked: dict[str, Any] = {}
-        measure(directory)  # the first call only starts psutil's clock
+        self._meter = Meter()
 
     def collect(self) -> dict[str, SystemMetrics]:
         """Node name → metrics: fresh for this node, as of the last call for the others.
@@ -63,7 +75,7 @@ class Nodes:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if self._here not in alive:
             raise NodeLostError(f"Ray has lost the node {self._here} on {socket.gethostname()}")
-        found = {socket.gethostname(): measure(self._directory)}
+        found = {socket.gethostname(): self._meter.measure(self._directory)}
         for node_id in sorted(alive - {self._here}):
             answer = self._answer(node_id)
             if answer:

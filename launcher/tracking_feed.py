@@ -40,7 +40,8 @@ from launcher.tracking_store import (
     calls,
     page_url,
 )
-from launcher.tracking_text import ABOUT, beginning, candidate_text, layout_text, summary, variant_text
+from launcher.tracking_text import ABOUT, beginning, candidate_text, summary, variant_text
+from parallelism.layout import layout_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

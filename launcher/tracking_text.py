@@ -8,7 +8,7 @@ from typing import Any
 
 from compression.card import recipe_in_words
 from compression.report import short_bytes, short_number
-from parallelism.layout import Layout
+from parallelism.layout import layout_text
 
 ABOUT = """Jobs of Espalier: candidates trained under one budget, compressed, and held against each other.
 
@@ -73,11 +73,6 @@ def variant_text(row: Row) -> str:
         "path": f"`{row['path']}`" if row.get("path") else "",
     }
     return _facts_table(facts)
-
-
-def layout_text(layout: Row | None) -> str:
-    """A layout as plans print it, ``T2×P1×D1``."""
-    return str(Layout.model_validate(layout)) if layout else ""
 
 
 def _verdict(variants: Sequence[Row]) -> list[str]:

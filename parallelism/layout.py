@@ -1,6 +1,7 @@
 """How a model is spread over devices. Torch-free."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -53,6 +54,11 @@ class Layout(Options):
         if self.zero_stage:
             text += f" ZeRO-{self.zero_stage}"
         return text if self.engine == "megatron" else f"{text} {self.engine}"
+
+
+def layout_text(document: Mapping[str, Any] | None) -> str:
+    """A layout in a document as people read it, ``T2×P1×D1``; empty where there is none."""
+    return str(Layout.model_validate(document)) if document else ""
 
 
 def stage_layers(layers: int, pipeline: int) -> list[int]:

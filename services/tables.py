@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
-from compression.report import mark_frontier
+from compression.report import mark_frontier, short_bytes, short_number
 from compression.results import Variant
+from parallelism.layout import layout_text
 from services.progress import clock
 
 Row = Mapping[str, Any]
@@ -14,13 +15,7 @@ Row = Mapping[str, Any]
 
 def sized(number_bytes: float | None) -> str:
     """Bytes in the largest unit that leaves at least one digit before the point."""
-    if number_bytes is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number_bytes < 1000:
-            return f"{number_bytes:.0f} B" if unit == "B" else f"{number_bytes:.3g} {unit}"
-        number_bytes /= 1000
-    return f"{number_bytes:.3g} TB"
+    return "" if number_bytes is None else short_bytes(number_bytes)
 
 
 def counted(number: float | None) -> str:
@@ -32,18 +27,6 @@ def counted(number: float | None) -> str:
             return f"{number:.0f}" if unit == "" else f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g}T"
-
-
-def layout_text(layout: Any) -> str:
-    """``T2×P1×D1``, with the engine where it is not the usual one."""
-    if not isinstance(layout, Mapping):
-        return "" if layout is None else str(layout)
-    text = "×".join(f"{letter}{layout.get(name, 1)}" for letter, name in zip("TPD", _AXES, strict=True))
-    engine = layout.get("engine", "megatron")
-    return text if engine == "megatron" else f"{text} {engine}"
-
-
-_AXES = ("tensor", "pipeline", "data")
 
 
 def marked_variants(result: Row) -> list[Variant]:
@@ -82,8 +65,8 @@ def candidates_table(result: Row) -> Table:
             layout_text(row.get("layout")),
             f"{row.get('steps') or 0:,}",
             counted(row.get("tokens")),
-            _number(row.get("flops"), ".3g"),
-            _number(row.get("validation_loss"), ".4f"),
+            short_number(row["flops"]) if row.get("flops") is not None else "",
+            f"{row['validation_loss']:.4f}" if row.get("validation_loss") is not None else "",
             str(row.get("restarts") or 0),
         )
     return table
@@ -114,23 +97,25 @@ def presets_table(presets: Sequence[Row]) -> Table:
 
 
 def plan_table(plan: Row) -> Table:
-    """What each candidate is and takes."""
-    table = _table("candidate", "params", "layout", "batch (micro)", "steps", "tokens", "memory", "time", "cost")
+    """What each candidate is and takes; a layout with a star was chosen by the planner."""
+    priced = any(row["cost"] for row in plan["candidates"])
+    titles = ("candidate", "params", "layout", "batch (micro)", "steps", "tokens", "memory", "time")
+    table = _table(*titles, *(["cost"] if priced else []))
     for row in plan["candidates"]:
         training = row["training"]
         table.add_row(
             row["name"],
             counted(row["parameters"]),
-            layout_text(row["layout"]) + (" (chosen)" if row["layout_chosen"] else ""),
+            layout_text(row["layout"]) + ("*" if row["layout_chosen"] else ""),
             f"{training['global_batch']} ({training['micro_batch']})",
             f"{row['steps']:,}",
             counted(row["tokens"]),
             sized(row["memory_bytes"]),
             clock(row["seconds"]),
-            f"{row['cost']:.2f}" if row["cost"] else "",
+            *([f"{row['cost']:.2f}"] if priced else []),
         )
     for row in plan.get("sources", []):
-        table.add_row(row["name"], counted(row["parameters"]), "given", "", "", "", "", "", "")
+        table.add_row(row["name"], counted(row["parameters"]), "given")
     return table
 
 
@@ -142,9 +127,9 @@ def memory_table(plan: Row) -> Table:
             most = max(lineage["recoveries"], key=lambda row: row["memory_bytes"])
             rows[f"{lineage['name']}/{most['recipe']}"] = most["memory"]
     parts = [name for name in next(iter(rows.values()), {}) if any(memory[name] for memory in rows.values())]
-    table = _table("memory per device", *(name.replace("_", " ") for name in parts))
-    for name, memory in rows.items():
-        table.add_row(name, *(sized(memory[name]) for name in parts))
+    table = _table("memory per device", *rows)
+    for part in parts:
+        table.add_row(part.replace("_", " "), *(sized(memory[part]) for memory in rows.values()))
     return table
 
 
@@ -157,8 +142,10 @@ def plan_lines(plan: Row) -> list[str]:
     if plan["calibration_bytes"]:
         text += f", {sized(plan['calibration_bytes'])} of it only while calibrating"
     text += f"; cost {plan['cost']:.2f}" if plan["cost"] else ""
+    chosen = ["* layout chosen by the planner"] if any(row["layout_chosen"] for row in plan["candidates"]) else []
     lineages = [line for lineage in _lineages(plan) for line in _lineage_lines(lineage)]
-    return [text, *lineages, *(f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"])]
+    notes = [f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"]]
+    return [*chosen, text, *lineages, *notes]
 
 
 def _lineage_lines(lineage: Row) -> Iterator[str]:
@@ -211,7 +198,3 @@ def _table(*titles: str, numbers: tuple[str, ...] | None = None) -> Table:
         is_number = index > 0 if numbers is None else title in numbers
         table.add_column(title, justify="right" if is_number else "left", no_wrap=index == 0)
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -1,18 +1,32 @@
 """Numbers as people read them, and tables that say what the documents say."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from services.tables import candidates_table, counted, frontier_table, layout_text, marked_variants, sized
+from launcher.cluster import h100_cluster
+from launcher.plan import make_plan
+from launcher.spec import load_spec
+from parallelism.layout import layout_text
+from services.tables import (
+    candidates_table,
+    counted,
+    frontier_table,
+    marked_variants,
+    memory_table,
+    plan_lines,
+    plan_table,
+    sized,
+)
 
 
-def text_of(table: Table) -> str:
+def text_of(table: Table, width: int = 160) -> str:
     text = io.StringIO()
-    Console(file=text, width=160).print(table)
+    Console(file=text, width=width).print(table)
     return text.getvalue()
 
 
@@ -64,7 +78,8 @@ def test_counted(number: float | None, text: str) -> None:
 
 def test_layout_text_names_the_engine_only_where_it_is_unusual() -> None:
     assert layout_text({"tensor": 2, "pipeline": 1, "data": 3}) == "T2×P1×D3"
-    assert layout_text({"tensor": 1, "data": 2, "engine": "deepspeed"}) == "T1×P1×D2 deepspeed"
+    zero = {"tensor": 1, "data": 2, "engine": "deepspeed", "zero_stage": 3}
+    assert layout_text(zero) == "T1×P1×D2 ZeRO-3 deepspeed"
     assert layout_text(None) == ""
 
 
@@ -83,5 +98,21 @@ def test_frontier_table_of_a_job_without_variants_is_empty() -> None:
 
 def test_candidates_table_has_a_row_per_candidate() -> None:
     text = text_of(candidates_table(result()))
-    for part in ("5.2M", "T2×P1×D1", "1,200", "2.46M", "3e+12", "3.2500"):
+    for part in ("5.2M", "T2×P1×D1", "1,200", "2.46M", "3e12", "3.2500"):
         assert part in text
+
+
+def test_a_plan_fits_a_terminal_of_80_columns() -> None:
+    spec = load_spec(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
+    plan = make_plan(spec, h100_cluster(8), 4096).model_dump(mode="json")
+    for table in (plan_table(plan), memory_table(plan)):
+        text = text_of(table, width=80)
+        assert "…" not in text
+        assert len(text.splitlines()) == table.row_count + 1
+    text = text_of(plan_table(plan), width=80)
+    chosen = [row["layout_chosen"] for row in plan["candidates"]]
+    assert text.count("*") == sum(chosen) > 0
+    assert "* layout chosen by the planner" in plan_lines(plan)
+    assert "cost" not in text
+    plan["candidates"][0]["cost"] = 1.5
+    assert "1.50" in text_of(plan_table(plan))
