@@ -22,8 +22,6 @@ from parallelism.stop import StopReason
 from parallelism.training import TrainTask
 
 STEP_BATCH_SECONDS = 2.0
-SILENT_SECONDS, WAITING_SECONDS = 5.0, 60.0
-"""How long a group may wait for its devices without a word, and how often it says why from then on."""
 ROOT_CAUSE_SECONDS = 2.0
 """How long the others may take to end after the first rank has, so that the cause can be told from its consequences."""
 
@@ -80,7 +78,6 @@ class CandidateRun:
         self._root: Path | None = None
         self._resume_from: CheckpointInfo | None = None
         self._resumed_step = 0
-        self._say_waiting_at = 0.0
         self._reserved_at = 0.0
         self._progress_at = 0.0
         self._first_end_at: float | None = None
@@ -105,7 +102,6 @@ class CandidateRun:
         self._gangs += 1
         self._group, self._introduced = self._new_group(), False
         self._group.reserve()
-        self._say_waiting_at = time.monotonic() + SILENT_SECONDS
         self.phase = Phase.RESERVING
 
     def poll(self) -> None:
@@ -170,8 +166,11 @@ class CandidateRun:
         return _burnt_by([gang for gang in self._candidate().gangs if (gang.epoch, gang.number) != mine])
 
     def _poll_reservation(self) -> None:
-        if not self._active_group.reserved():
-            self._say_what_is_missing()
+        reservation = self._active_group.reservation
+        if not reservation.held():
+            lacking = reservation.complaint()
+            if lacking:
+                self._append("waiting", reason=f"{self.name} needs {lacking}")
             return
         self._reserved_at = self._progress_at = time.monotonic()
         previous = self._candidate().gang
@@ -183,12 +182,6 @@ class CandidateRun:
         self._resume_from = resumed
         self._active_group.start()
         self.phase = Phase.STARTING
-
-    def _say_what_is_missing(self) -> None:
-        now = time.monotonic()
-        if now > self._say_waiting_at:
-            self._say_waiting_at = now + WAITING_SECONDS
-            self._append("waiting", reason=f"{self.name} needs {self._active_group.waiting_for()}")
 
     def _write_start(self, previous: GangView | None, resumed: CheckpointInfo | None) -> None:
         """From the event on, checkpoints of earlier process groups count for nothing."""

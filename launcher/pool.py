@@ -14,8 +14,9 @@ from ray.exceptions import RayError
 
 from launcher.journal import Journal
 from launcher.policy import HOPELESS, UNCOUNTED, Ended
+from launcher.reservation import Bundle, Reservation
 from launcher.session import Room
-from launcher.workers import RankFacts, end_of, process_facts, send_output_to, wait_until_gone
+from launcher.workers import GroupShape, RankFacts, end_of, process_facts, send_output_to, wait_until_gone
 from parallelism.registry import load
 
 ROLE = "worker"
@@ -72,13 +73,21 @@ def cluster_memory_bytes() -> int:
 
 @dataclass
 class _Worker:
+    """A worker, or (``actor`` is None) one whose device is not held yet."""
+
     number: int
-    actor: Any
+    reservation: Reservation
     log: Path
-    pending_facts: Any
+    actor: Any = None
+    pending_facts: Any = None
     facts: RankFacts | None = None
     task: Task | None = None
     call: Any = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can be given a task."""
+        return self.actor is not None and self.task is None
 
 
 class Pool:
@@ -120,17 +129,20 @@ class Pool:
                 self._check()
                 waiting = self._collect(done) + waiting
                 self._assign(waiting)
+                self._hire(waiting)
                 time.sleep(POLL_SECONDS)
         finally:
             if any(worker.task for worker in self._workers):
                 self.close()
+            for worker in [worker for worker in self._workers if worker.actor is None]:
+                self._dismiss(worker)
 
     def _assign(self, waiting: list[Task]) -> None:
-        idle = [worker for worker in self._workers if worker.task is None]
-        while (idle or len(self._workers) < self._room.devices) and (task := self._next(waiting)) is not None:
-            worker = idle.pop() if idle else self._hire()
-            worker.task = task
-            worker.call = worker.actor.run.remote(task.function, task.arguments)
+        """Give the workers that are there something to do."""
+        for worker in self._workers:
+            if worker.idle and (task := self._next(waiting)) is not None:
+                worker.task = task
+                worker.call = worker.actor.run.remote(task.function, task.arguments)
 
     def _next(self, waiting: list[Task]) -> Task | None:
         """The first task that fits beside those that run, taken off the list; alone, any task may try."""
@@ -140,6 +152,55 @@ class Pool:
             if not running or task.memory_bytes <= free:
                 return waiting.pop(place)
         return None
+
+    def _hire(self, waiting: list[Task]) -> None:
+        """Ask for a device for every task that could run now, and start workers on those that are held.
+
+        Tasks do not wait for a certain worker: a device that never comes holds up nothing that another one can do.
+        """
+        asked = [worker for worker in self._workers if worker.actor is None]
+        for worker in asked:
+            if worker.reservation.held():
+                self._start(worker)
+        room = self._room.devices - len(self._workers)
+        for _ in range(min(room, self._startable(waiting) - len(asked))):
+            number, self._made = self._made, self._made + 1
+            log = self._journal.log_path(f"{ROLE}.e{self._journal.epoch:04d}-{number}")
+            self._workers.append(_Worker(number, Reservation([self._bundle]), log))
+        self._complain(waiting)
+
+    def _startable(self, waiting: list[Task]) -> int:
+        """How many of the waiting tasks fit beside those that run."""
+        running = [worker.task.memory_bytes for worker in self._workers if worker.task]
+        free, count = self._memory_bytes - sum(running), 0
+        for task in waiting:
+            if task.memory_bytes <= free or not (running or count):
+                free, count = free - task.memory_bytes, count + 1
+        return count
+
+    def _complain(self, waiting: list[Task]) -> None:
+        """Say what the cluster lacks where a task waits for a worker."""
+        asking = next((worker for worker in self._workers if worker.actor is None), None)
+        lacking = asking.reservation.complaint() if asking and waiting else None
+        if lacking:
+            fields = {"candidate": waiting[0].candidate, "reason": f"a worker for {waiting[0].name} needs {lacking}"}
+            self._journal.append("waiting", fields)
+
+    @property
+    def _bundle(self) -> Bundle:
+        """What a worker needs."""
+        return GroupShape(1, 1, self._room.threads, self._room.gpus).bundles()[0]
+
+    def _start(self, worker: _Worker) -> None:
+        process: Any = ray.remote(TaskProcess).options(
+            num_cpus=self._room.threads,
+            num_gpus=1 if self._room.gpus else 0,
+            scheduling_strategy=worker.reservation.place(),
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        worker.actor = process.remote(worker.number, str(worker.log))
+        worker.pending_facts = worker.actor.facts.remote()
 
     def _collect(self, done: Done) -> list[Task]:
         """Take in what has ended; returns the tasks whose worker was lost, and those that follow from results."""
@@ -170,20 +231,9 @@ class Pool:
         fields = {"task": task.name, "candidate": task.candidate, "reason": end.cause.value, "message": end.message}
         self._journal.append("task_restart", fields)
 
-    def _hire(self) -> _Worker:
-        number, self._made = self._made, self._made + 1
-        log = self._journal.log_path(f"{ROLE}.e{self._journal.epoch:04d}-{number}")
-        process: Any = ray.remote(TaskProcess).options(
-            num_cpus=self._room.threads, num_gpus=1 if self._room.gpus else 0, max_restarts=0, max_task_retries=0
-        )
-        actor: Any = process.remote(number, str(log))
-        worker = _Worker(number, actor, log, actor.facts.remote())
-        self._workers.append(worker)
-        return worker
-
     def _introduce(self, worker: _Worker) -> None:
         """Write down where a worker lives, as soon as it is known."""
-        if worker.facts is None and ray.wait([worker.pending_facts], timeout=0)[0]:
+        if worker.actor is not None and worker.facts is None and ray.wait([worker.pending_facts], timeout=0)[0]:
             try:
                 worker.facts = ray.get(worker.pending_facts, timeout=10)
             except RayError:
@@ -192,7 +242,9 @@ class Pool:
 
     def _dismiss(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        ray.kill(worker.actor, no_restart=True)
+        if worker.actor is not None:
+            ray.kill(worker.actor, no_restart=True)
+        worker.reservation.give_back()
         if worker.facts:
             where = {"rank": worker.number, "pid": worker.facts.pid, "node": worker.facts.node}
             self._journal.append("process_ended", {"role": ROLE, "candidate": None, **where})

@@ -122,11 +122,14 @@ def _stage_started(view: JobView, event: Event) -> None:
 
 def _stage_done(view: JobView, event: Event) -> None:
     view.stages[event["stage"]] = event
+    view.waiting = None
     if view.active_stage == event["stage"]:
         view.active_stage = None
 
 
 def _process_started(view: JobView, event: Event) -> None:
+    if event["role"] == "worker":
+        view.waiting = None  # it has the device that was waited for
     view.processes[event["node"], event["pid"]] = event
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
-from ray.util import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.policy import Cause, Ended, cause_of_exit, classify
+from launcher.reservation import Bundle, Reservation
 from parallelism.registry import load
 from parallelism.stop import StopReason, StopRequest
 
@@ -65,9 +64,9 @@ class GroupShape:
     threads: int
     gpus: bool = False
 
-    def bundles(self) -> list[dict[str, float]]:
+    def bundles(self) -> list[Bundle]:
         """What each tensor-parallel group needs."""
-        bundle: dict[str, float] = {"CPU": float(self.tensor * self.threads)}
+        bundle: Bundle = {"CPU": float(self.tensor * self.threads)}
         if self.gpus:
             bundle["GPU"] = float(self.tensor)
         return [bundle] * (self.world_size // self.tensor)
@@ -187,7 +186,7 @@ class WorkerGroup:
         self._function = function
         self._connected = connected
         self._timeout_seconds = timeout_seconds
-        self._placement: Any = None
+        self._reservation: Reservation | None = None
         self._actors: list[Any] = []
         self._facts: list[RankFacts] = []
         self._pending_facts: list[Any] = []
@@ -201,32 +200,21 @@ class WorkerGroup:
 
     def reserve(self) -> None:
         """Ask for all devices at once."""
-        self._placement = placement_group(self.shape.bundles(), strategy="PACK")
+        self._reservation = Reservation(self.shape.bundles())
 
-    def reserved(self) -> bool:
-        """Whether all devices are held."""
-        return bool(placement_group_table(self._placement)["state"] == "CREATED")
-
-    def waiting_for(self) -> str:
-        """What the cluster lacks, while :meth:`reserved` is false."""
-        wanted, free, total = self._wanted(), ray.available_resources(), ray.cluster_resources()
-        parts = [f"{wanted[kind]:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} free)" for kind in wanted]
-        bundles = self.shape.bundles()
-        spread = f" in {len(bundles)} bundles of one node each" if len(bundles) > 1 else " on one node"
-        return f"{' and '.join(parts)}{spread}"
-
-    def _wanted(self) -> dict[str, float]:
-        bundles = self.shape.bundles()
-        return {kind: sum(bundle[kind] for bundle in bundles) for kind in bundles[0]}
+    @property
+    def reservation(self) -> Reservation:
+        """The devices."""
+        assert self._reservation is not None, "devices are reserved first"
+        return self._reservation
 
     def start(self) -> None:
         """Create the actors on the reserved devices."""
         for rank in range(self.shape.world_size):
-            bundle = PlacementGroupSchedulingStrategy(self._placement, rank // self.shape.tensor)
             actor = ray.remote(RankProcess).options(
                 num_cpus=self.shape.threads,
                 num_gpus=1 if self.shape.gpus else 0,
-                scheduling_strategy=bundle,
+                scheduling_strategy=self.reservation.place(rank // self.shape.tensor),
                 max_concurrency=4,
                 max_restarts=0,
                 max_task_retries=0,
@@ -322,8 +310,8 @@ class WorkerGroup:
         """End every process and give the devices back; waits until those of this machine are really gone."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        if self._placement is not None:
-            remove_placement_group(self._placement)
+        if self._reservation is not None:
+            self._reservation.give_back()
         here = {facts.pid for facts in self._facts if facts.node == socket.gethostname()}
         wait_until_gone(here, wait_seconds)
         self._actors, self._runs, self._polls = [], {}, {}

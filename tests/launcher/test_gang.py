@@ -39,7 +39,7 @@ def _poll(run: CandidateRun, until: Callable[[], object]) -> None:
 def test_a_group_that_waits_for_devices_says_for_which(
     room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.gang.SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("launcher.reservation.SILENT_SECONDS", 0.1)
     journal = new_journal(tmp_path)
     journal.claim_epoch()
     run = _run(journal, world_size=8)

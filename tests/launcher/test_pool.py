@@ -1,13 +1,16 @@
 """The pool on a real Ray cluster: order, follow-ups, memory, lost workers."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from launcher.journal import Journal
 from launcher.pool import Pool, Task, TaskFailed, cluster_memory_bytes
+from launcher.reservation import Reservation
 from launcher.session import Room
 from tests.launcher.made import new_journal
 
@@ -42,6 +45,8 @@ def test_follow_ups_of_a_result_are_run_and_come_before_what_waits(pool: Pool) -
 
 
 def test_tasks_that_do_not_fit_side_by_side_run_one_after_the_other(pool: Pool, tmp_path: Path) -> None:
+    # All workers are there before, so that a slow start of one is not taken for the pool's order.
+    pool.run([Task(str(index), f"{TOYS}:sleep", {"seconds": 0.1}) for index in range(4)], lambda *_: None)
     spans: dict[str, tuple[float, float]] = {}
     large = [Task(name, f"{TOYS}:sleep", {"seconds": 0.3}, memory_bytes=3 * GIB) for name in "ab"]
     small = [Task(name, f"{TOYS}:sleep", {"seconds": 0.3}, memory_bytes=GIB) for name in "cd"]
@@ -76,6 +81,57 @@ def test_a_users_error_is_told_at_once(pool: Pool, journal: Journal) -> None:
     with pytest.raises(TaskFailed, match="wrong: ValueError: field x is 9: use 3"):
         pool.run([Task("wrong", f"{TOYS}:refuse")], lambda *_: None)
     assert not [event for event in journal.events() if event["kind"] == "task_restart"]
+
+
+def _held(cpus: int) -> Reservation:
+    """So many of the cluster's four CPUs, in somebody else's hands."""
+    taken = Reservation([{"CPU": float(cpus)}])
+    _until(taken.held)
+    return taken
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_task_that_waits_for_a_worker_says_what_the_cluster_lacks(
+    room: Room, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.reservation.SILENT_SECONDS", 0.1)
+    taken, seen = _held(4), Journal(journal.directory)
+    said: list[str] = []
+
+    def check() -> None:
+        """In every turn; the devices come back when it has been said that they are missing."""
+        reason = seen.view().waiting
+        if reason and not said:
+            said.append(reason)
+            taken.give_back()
+
+    pool = Pool(journal, room, max_restarts=0, check=check, memory_bytes=4 * GIB)
+    results: list[int] = []
+    pool.run([Task("evaluate/small", f"{TOYS}:echo", {"value": 7})], lambda _, result: results.append(result))
+    pool.close()
+    assert results == [7]
+    assert said == ["a worker for evaluate/small needs 1 CPU (0 of 4 free) on one node"]
+    assert journal.view().waiting is None
+    assert [event["kind"] for event in journal.events()].count("waiting") == 1
+
+
+def test_a_device_that_never_comes_holds_up_nothing_that_another_can_do(pool: Pool, journal: Journal) -> None:
+    taken, results = _held(3), list[int]()
+    pool.run(
+        [Task(name, f"{TOYS}:echo", {"value": index}) for index, name in enumerate("abcde")],
+        lambda _, result: results.append(result),
+    )
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    assert len([event for event in journal.events() if event["kind"] == "process_started"]) == 1
+    pool.close()
+    taken.give_back()
+    _until(lambda: ray.available_resources().get("CPU") == 4.0)  # nothing is asked for any more
 
 
 def test_the_cluster_tells_its_memory(room: Room) -> None:

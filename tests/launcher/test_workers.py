@@ -47,7 +47,7 @@ def _launch(group: WorkerGroup, task: object) -> None:
 def _bring_up(group: WorkerGroup, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     group.reserve()
-    while not group.reserved():
+    while not group.reservation.held():
         assert time.monotonic() < deadline, "no devices"
         time.sleep(0.02)
     group.start()
@@ -177,11 +177,11 @@ def test_a_group_that_does_not_fit_beside_another_waits_whole(make: Make) -> Non
     _launch(first, {"steps": 10_000, "seconds": 0.01})
     second.reserve()
     time.sleep(0.5)
-    assert not second.reserved()
+    assert not second.reservation.held()
     assert _free_cpus() == 1  # it holds no part of what it waits for
     first.kill()
     deadline = time.monotonic() + 20
-    while not second.reserved():
+    while not second.reservation.held():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
