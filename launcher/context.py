@@ -91,3 +91,7 @@ class StageClock:
     def seconds(self) -> float:
         """Seconds since the stage began."""
         return time.monotonic() - self._started
+
+
+Stage = Callable[[JobContext], None]
+"""Does its part of a job, or finds it done. Raises ``ValueError`` for what the job's owner has to change."""

@@ -10,11 +10,11 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.context import STOPPED, JobContext
+from launcher.context import STOPPED, JobContext, Stage
 from launcher.control import Control, Stopped
 from launcher.journal import Journal, StaleEpochError
 from launcher.policy import TEMPORARY_EXIT_CODE
@@ -24,9 +24,6 @@ from launcher.system import NodeLostError, Nodes
 from launcher.workers import TRAIN
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE = 0, 1, 3, 4
-
-Stage = Callable[[JobContext], None]
-"""Does its part of a job, or finds it done. Raises ``ValueError`` for what the job's owner has to change."""
 
 
 @dataclass(frozen=True)

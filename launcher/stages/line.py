@@ -1,6 +1,6 @@
 """The stages of a job in their order."""
 
-from launcher.coordinator import Stage
+from launcher.context import Stage
 from launcher.stages.compress import compress
 from launcher.stages.evaluate import evaluate
 from launcher.stages.export import export, verify

@@ -1,14 +1,11 @@
 """Engine ``deepspeed``: tensor parallelism by megatron-core × ZeRO 1, 2 or 3 by DeepSpeed, with offload.
 
-Only this file and :mod:`parallelism.engines.nvme` know DeepSpeed. They reach into its optimizers' partitions, because
-the checkpoint is our own: what a rank holds of a parameter is written from there and loaded into it, without gathering.
+Only this file and its neighbours :mod:`~parallelism.engines.nvme` and :mod:`~parallelism.engines.ready_deepspeed` know
+DeepSpeed. They reach into its optimizers' partitions, because the checkpoint is our own: what a rank holds of a
+parameter is written from there and loaded into it, without gathering.
 """
 
-import importlib
-import logging
 import math
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from parallelism import device
-from parallelism.engines import limits, nvme, single_stage, state
+from parallelism.engines import limits, nvme, ready_deepspeed, single_stage, state
 from parallelism.engines.base import StepResult
 from parallelism.layout import Layout
 from parallelism.models.base import Batch, ModelConfig, ShardedFamily
@@ -70,7 +67,7 @@ class DeepSpeedEngine:
         for parameter in self._module.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(_sum_over_tensor_ranks)
-        deepspeed = import_deepspeed()
+        deepspeed = ready_deepspeed.load()
         self._directory = _swap_directory(self._module, task.layout) if task.layout.offload == "nvme" else None
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self._module,
@@ -191,20 +188,6 @@ def _swap_directory(module: Module, layout: Layout) -> nvme.SwapDirectory:
     sizes = [math.ceil(parameter.numel() / layout.data) for parameter in module.parameters()]
     swapped = [size for size in sizes if size >= nvme.SMALLEST_ELEMENTS]
     return nvme.prepare(layout.offload_dir, sum(swapped), max(sizes))
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, told what it otherwise guesses from the machine; it reads the environment when it is imported."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_cuda() else "cpu")
-    os.environ.setdefault("DS_BUILD_OPS", "0")
-    os.environ.setdefault("LOCAL_RANK", str(device.device().index or 0))
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # at each of its steps
-    # Its collectives over shared memory would be compiled at run time, and reach the ranks of one host only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _adamw(module: Module, training: TrainingConfig) -> torch.optim.AdamW:

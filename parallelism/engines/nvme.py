@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from parallelism import agreement, device
+from parallelism.memory import DISK_BYTES_PER_ELEMENT
+from parallelism.engines import ready_deepspeed
 
 SUB_GROUP_ELEMENTS = 1
 """DeepSpeed closes a sub-group of parameters when it holds so many elements: at once."""
@@ -52,8 +54,6 @@ OPERATOR = {
 FP32 = 4
 ALIGNMENT = 1024
 """Bytes to which DeepSpeed aligns addresses, lengths and places in files."""
-DISK_BYTES_PER_ELEMENT = FP32 * (3 + 1 + 3)
-"""Main weights and moments, gradient, and the copy that a checkpoint is written from."""
 SMALLEST_ELEMENTS = (1 << 20) // FP32
 """DeepSpeed leaves a sub-group in memory that has fewer."""
 
@@ -346,7 +346,7 @@ def _mapped(path: Path, elements: int) -> Tensor:
 def main() -> int:
     """Compile DeepSpeed's I/O operator for this user and host, so that no job waits for it."""
     argparse.ArgumentParser(prog="python -m parallelism.engines.nvme", description=main.__doc__).parse_args()
-    importlib.import_module("parallelism.engines.deepspeed").import_deepspeed()
+    ready_deepspeed.load()
     try:
         load_operator()
     except ValueError as error:
