@@ -14,7 +14,7 @@ from launcher.choices import batch_of, choose
 from launcher.cluster import Cluster
 from launcher.costs import EFFICIENCY
 from launcher.disk import CalibrationDisk, calibration_disk, data_bytes, start_bytes, variant_bytes
-from launcher.layouts import Case, Choice, gib
+from launcher.layouts import Case, Choice
 from launcher.planned import PlannedRun, TooSmall, first_guess, planned_run, whole_steps
 from launcher.problems import Problem, SpecError, of_validation
 from launcher.recoveries import RecoveryPlan, plan_recoveries
@@ -89,28 +89,6 @@ class Plan(Options):
     def lineages(self) -> list[Lineage]:
         """Of all candidates, those first that are trained."""
         return [*self.candidates, *self.sources]
-
-    def describe(self) -> list[list[str]]:
-        """The plan as rows of text, the titles first: one row for each candidate."""
-        titles = ["candidate", "parameters", "layout", "batch", "steps", "tokens", "FLOPs/token", "rate"]
-        rows = [[*titles, "memory/device", "time", "cost"]]
-        for one in self.candidates:
-            rows.append(
-                [
-                    one.name,
-                    f"{one.parameters:,}",
-                    str(one.layout),
-                    f"{one.training.global_batch} ({one.training.micro_batch})",
-                    f"{one.steps:,}",
-                    f"{one.tokens:,}",
-                    f"{one.flops_per_token:.3g}",
-                    f"{one.training.learning_rate:.2g}",
-                    gib(one.memory_bytes),
-                    f"{one.seconds:.0f} s",
-                    f"{one.cost:.2f}" if one.cost else "",
-                ]
-            )
-        return rows
 
 
 def read_plan(document: dict[str, Any]) -> Plan:

@@ -91,7 +91,7 @@ def presets_table(presets: Sequence[Row]) -> Table:
             str(preset["layers"]),
             str(preset["hidden"]),
             str(preset["heads"]),
-            preset["source"],
+            preset["source"].partition(",")[0],  # without the title
         )
     return table
 
@@ -144,6 +144,11 @@ def plan_lines(plan: Row) -> list[str]:
     text += f"; cost {plan['cost']:.2f}" if plan["cost"] else ""
     chosen = ["* layout chosen by the planner"] if any(row["layout_chosen"] for row in plan["candidates"]) else []
     lineages = [line for lineage in _lineages(plan) for line in _lineage_lines(lineage)]
+    lineages += [
+        f"{row['name']}: the optimizer takes up to {sized(row['offload_bytes'])} in {row['layout']['offload_dir']}"
+        for row in plan["candidates"]
+        if row["offload_bytes"]
+    ]
     notes = [f"{row['name']}: {note}" for row in plan["candidates"] for note in row["notes"]]
     return [*chosen, text, *lineages, *notes]
 

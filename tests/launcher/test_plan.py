@@ -279,17 +279,12 @@ def test_calibration_is_kept_from_the_budget_only_where_a_method_needs_it(monkey
 # What a plan says
 
 
-def test_a_plan_survives_json_and_describes_itself() -> None:
+def test_a_plan_survives_json_and_adds_up() -> None:
     spec = job(MIDDLE, budget={"tokens": 1e7}, execution={"price_per_device_hour": 2.0})
     plan = make_plan(spec, cpus(), VOCABULARY, text_bytes=10_000_000)
     assert read_plan(plan.model_dump(mode="json")) == plan
     assert isinstance(plan, Plan)
-    titles, row = plan.describe()
-    assert len(titles) == len(row)
-    cells = dict(zip(titles, row, strict=True))
     (candidate,) = plan.candidates
-    assert cells["parameters"] == f"{candidate.parameters:,}"
-    assert cells["layout"] == str(candidate.layout)
     assert plan.seconds == candidate.seconds
     assert plan.cost == pytest.approx(candidate.device_seconds / 3600 * 2.0)
     assert sum(candidate.step_parts.values()) == pytest.approx(candidate.step_seconds)
