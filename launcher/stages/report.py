@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compression.report import mark_frontier
+from compression.report import mark_frontier, short_number
 from compression.results import Variant
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
@@ -49,4 +49,5 @@ def _title(job: JobContext) -> str:
     budget = job.spec.budget
     if budget is None:
         return f"{job.spec.name}: quality against size"
-    return f"{job.spec.name}: every candidate trained for {budget.limit:.4g} {budget.unit.replace('_', ' ')}"
+    unit = "FLOPs" if budget.unit == "flops" else budget.unit.replace("_", " ")
+    return f"{job.spec.name}: every candidate trained for {short_number(budget.limit)} {unit}"
