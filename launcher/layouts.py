@@ -56,8 +56,8 @@ class Case:
 
     def memory(self, layout: Layout, training: TrainingConfig, cluster: Cluster) -> MemoryEstimate:
         """Of the rank that needs most."""
-        rounded = self.start is not None and self.start.rounding is not None
-        companions = Companions(self.teacher, rounded)
+        start = self.start
+        companions = Companions(self.teacher, start.rounding is not None) if start is not None else None
         return memory_per_rank(self.model, layout, training, self.sequence_length, cluster.device_kind, companions)
 
     def cost(self, layout: Layout, training: TrainingConfig, cluster: Cluster) -> StepCost:

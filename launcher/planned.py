@@ -13,7 +13,7 @@ from launcher.spec import JobSpec
 from parallelism.accounting import train_flops_per_sequence
 from parallelism.budget import Budget
 from parallelism.layout import Layout
-from parallelism.memory import MemoryEstimate
+from parallelism.memory import MemoryEstimate, offload_disk_bytes
 from parallelism.options import Options
 from parallelism.training import CheckpointPolicy, TrainingConfig
 
@@ -46,6 +46,8 @@ class PlannedRun(Options):
     """Per device, above the baseline."""
     checkpoint_bytes: NonNegativeInt
     """Of one checkpoint."""
+    offload_bytes: NonNegativeInt = 0
+    """In the layout's ``offload_dir``, of all ranks together."""
 
 
 class TooSmall(ValueError):
@@ -84,6 +86,7 @@ def planned_run(spec: JobSpec, case: Case, budget: Budget, choice: Choice, clust
         memory=choice.memory,
         memory_bytes=choice.memory.total,
         checkpoint_bytes=checkpoint_bytes(case.model, layout, choice.training),
+        offload_bytes=offload_disk_bytes(case.model, layout),
     )
 
 

@@ -12,7 +12,7 @@ from compression.recipe import grid
 from launcher.backends.base import BACKENDS
 from launcher.cluster import Cluster
 from launcher.layouts import gib
-from launcher.plan import Plan, candidate_model, make_plan
+from launcher.plan import CandidatePlan, Plan, candidate_model, make_plan
 from launcher.problems import Problem, SpecError
 from launcher.spec import JobSpec
 from parallelism.data.config import TokenizerConfig
@@ -41,7 +41,7 @@ def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
         problems += _export_problems(spec, index, model)
     plan = _plan(spec, cluster, models, vocab_size, facts, problems)
     if plan is not None:
-        problems += _disk_problems(plan, home)
+        problems += [*_disk_problems(plan, home), *_offload_problems(spec, plan, cluster, home)]
     if problems or plan is None:
         raise SpecError(list(dict.fromkeys(problems)))
     return plan
@@ -208,6 +208,45 @@ def _disk_problems(plan: Plan, home: Path) -> Iterator[Problem]:
     hint = "free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
     field, keep = "execution.checkpoint_every.keep", largest.checkpoint.keep
     yield Problem(field, keep, f"{what}; {taken}, {plan.variants} variants the rest", hint)
+
+
+def _offload_problems(spec: JobSpec, plan: Plan, cluster: Cluster, home: Path) -> Iterator[Problem]:
+    """Whether the folders that optimizers are kept in have room, with what else of the job lies on their disks."""
+    places = {candidate.name: index for index, candidate in enumerate(spec.candidates)}
+    kept = [candidate for candidate in plan.candidates if candidate.offload_bytes]
+    together = _at_once(kept, cluster.devices)
+    for one in kept:
+        directory, field = one.layout.offload_dir, f"candidates.{places[one.name]}.layout.offload_dir"
+        assert directory is not None
+        folder = _existing(Path(directory))
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            yield Problem(field, directory, f"{folder} is no directory that can be written to", _OFFLOAD_REMEDY)
+            continue
+        others = [other for other in together if other is not one] if one in together else []
+        beside = [(home, plan.disk_bytes), *((Path(x.layout.offload_dir or ""), x.offload_bytes) for x in others)]
+        there = sum(size for path, size in beside if _disk_of(path) == _disk_of(folder))
+        free = shutil.disk_usage(folder).free
+        if one.offload_bytes + there > FREE_DISK_SHARE * free:
+            what = f"the optimizer takes {gib(one.offload_bytes)} there and {gib(free)} are free"
+            what += f", of which the rest of the job takes {gib(there)}" if there else ""
+            yield Problem(field, directory, what, f"make room, {_OFFLOAD_REMEDY}")
+
+
+_OFFLOAD_REMEDY = "name another directory on a local disk, or set layout.offload: cpu"
+
+
+def _at_once(candidates: list[CandidatePlan], devices: int) -> list[CandidatePlan]:
+    """Those that may train side by side and take most of a disk."""
+    found = []
+    for one in sorted(candidates, key=lambda candidate: -candidate.offload_bytes):
+        if one.layout.world_size <= devices:
+            found.append(one)
+            devices -= one.layout.world_size
+    return found
+
+
+def _disk_of(path: Path) -> int:
+    return _existing(path).stat().st_dev
 
 
 def _existing(home: Path) -> Path:

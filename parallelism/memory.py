@@ -57,6 +57,13 @@ class MemoryEstimate(Options):
         return sum(self.parts().values())
 
 
+DISK_BYTES_PER_ELEMENT = FP32 * (3 + 1 + 3)
+"""Of an optimizer on a disk: main weights and moments, gradient, and the copy that a checkpoint is written from."""
+
+LOSS_ROWS = {"alone": 4, "taught": 6}
+"""Float32 copies of a sequence's logits that the loss of :mod:`parallelism.engines.distillation` takes at its peak."""
+
+
 @dataclass(frozen=True)
 class Companions:
     """What a training that begins with given weights (:mod:`parallelism.start`) holds beside its model."""
@@ -64,9 +71,6 @@ class Companions:
     teacher: ModelConfig | None = None
     rounded: bool = False
     """Whether linear weights are there a second time, rounded, while a step computes."""
-
-
-ALONE = Companions()
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def memory_per_rank(
     training: TrainingConfig,
     sequence_length: int,
     kind: DeviceKind = "cpu",
-    companions: Companions = ALONE,
+    companions: Companions | None = None,
 ) -> MemoryEstimate:
     """The estimate of the pipeline stage that needs most. ``training`` holds no ``auto``.
 
@@ -112,7 +116,7 @@ def memory_by_stage(
     training: TrainingConfig,
     sequence_length: int,
     kind: DeviceKind = "cpu",
-    companions: Companions = ALONE,
+    companions: Companions | None = None,
 ) -> list[MemoryEstimate]:
     """The estimate of a rank of every pipeline stage, in their order; see :func:`memory_per_rank`."""
     given = (config, layout, training, sequence_length, kind)
@@ -122,6 +126,13 @@ def memory_by_stage(
 def parameters_per_rank(config: ModelConfig, layout: Layout) -> list[int]:
     """Parameters on a rank of every pipeline stage, copies of tied embeddings included."""
     return [_held(config, layout.tensor, stage).total for stage in stages(config, layout)]
+
+
+def offload_disk_bytes(config: ModelConfig, layout: Layout) -> int:
+    """What the ranks together take in ``layout.offload_dir``, at most: small parameters stay in memory."""
+    if layout.offload != "nvme":
+        return 0
+    return DISK_BYTES_PER_ELEMENT * layout.tensor * sum(parameters_per_rank(config, layout))
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ def _stage_memory(
     sequence_length: int,
     kind: DeviceKind,
     stage: Stage,
-    companions: Companions,
+    companions: Companions | None,
 ) -> MemoryEstimate:
     held = _held(config, layout.tensor, stage)
     parameters = held.total
@@ -193,11 +204,16 @@ def _stage_memory(
     activations = _activations(config, layout, training, sequence_length, kind, stage)
     logits = _logits(config, layout, training, sequence_length, kind) if stage.last else 0
     buffers = held.largest * working + round(held.largest * state.swap_buffers)
-    taught_weights, taught = 0, 0
-    if companions.teacher is not None:
-        theirs = stages(companions.teacher, layout)[stage.index]
-        taught_weights = _held(companions.teacher, layout.tensor, theirs).total * working
-        taught = _teacher_activations(companions.teacher, layout, training, sequence_length, kind, theirs)
+    taught_weights, taught, rounded = 0, 0, 0
+    if companions is not None:
+        teacher = companions.teacher
+        if stage.last:
+            logits += _loss_bytes(config, layout, training, sequence_length, kind, "taught" if teacher else "alone")
+        if teacher is not None:
+            theirs = stages(teacher, layout)[stage.index]
+            taught_weights = _held(teacher, layout.tensor, theirs).total * working
+            taught = _teacher_activations(teacher, layout, training, sequence_length, kind, theirs)
+        rounded = _linear(config, layout.tensor, stage) * working if companions.rounded else 0
     return MemoryEstimate(
         weights=round(parameters * state.weights),
         gradients=round(parameters * state.gradients),
@@ -208,7 +224,7 @@ def _stage_memory(
         buffers=buffers,
         teacher_weights=taught_weights,
         teacher_activations=taught,
-        rounded_weights=_linear(config, layout.tensor, stage) * working if companions.rounded else 0,
+        rounded_weights=rounded,
         heap=round(HEAP_SHARE[kind] * (activations + logits + buffers + taught)),
         offloaded=round(parameters * state.offloaded),
     )
@@ -333,6 +349,14 @@ def _logits(
     copied = kind == "cpu" and training.precision == "bf16"
     precision = _working_precision(training) + (FP32 if copied else 0)
     return tokens * config.padded_vocab_size // layout.tensor * precision
+
+
+def _loss_bytes(
+    config: ModelConfig, layout: Layout, training: TrainingConfig, sequence_length: int, kind: DeviceKind, loss: str
+) -> int:
+    """What the loss of a training with given weights takes beside the logits: a copy of them, turned, and its rows."""
+    row = sequence_length * config.padded_vocab_size // layout.tensor * FP32
+    return _logits(config, layout, training, sequence_length, kind) + LOSS_ROWS[loss] * row
 
 
 def _teacher_activations(

@@ -53,7 +53,7 @@ class Case:
         """Where a recovery begins, its teacher's checkpoint being at ``teacher``."""
         if not (self.taught or self.rounded):
             return None
-        rounding = Rounding(function="compression.rounding:round_weight", group_size=64, arguments={"bits": 4})
+        rounding = Rounding(function="compression.rounding:round_weight", group_size=32, arguments={"bits": 4})
         return StartPoint(
             weights="unused",
             hold_zeros=True,
@@ -152,7 +152,7 @@ def measure(case: Case) -> dict[str, Any]:
     """The largest rank's peak beside the estimate."""
     with tempfile.TemporaryDirectory() as folder:
         task = case.task(Path(folder))
-        companions = Companions(teacher=task.model if case.taught else None, rounded=case.rounded)
+        companions = Companions(task.model if case.taught else None, case.rounded) if task.start else None
         estimate = memory_per_rank(task.model, task.layout, task.training, task.sequence_length, "cpu", companions)
         ranks = run(task, case)
     measured = max(rank["peak"] for rank in ranks)

@@ -89,6 +89,8 @@ class Broken:
     remedy: str
 
 
+NVME = {"engine": "deepspeed", "zero_stage": 3, "offload": "nvme"}
+
 BROKEN = [
     # Wrong types and values
     Broken("text for a number", {"seed": "abc"}, "seed", "abc", "valid integer"),
@@ -318,6 +320,13 @@ BROKEN = [
         "bf16",
         "set training.precision: fp32",
     ),
+    Broken(
+        "an optimizer's directory below a file",
+        {"candidates.0.layout": NVME | {"offload_dir": "TMP/text.py/swap"}},
+        "candidates.0.layout.offload_dir",
+        "text.py/swap",
+        "is no directory that can be written to; name another directory on a local disk, or set layout.offload: cpu",
+    ),
     # Data
     Broken("missing file", {"data.train": ["TMP/nowhere.txt"]}, "data.train.0", "nowhere.txt", ""),
     Broken("empty corpus", {"data.train": ["TMP/empty.txt"]}, "data.train", "empty.txt", ""),
@@ -525,6 +534,22 @@ def test_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert problem.value == 2
     assert "0.00 GiB are free" in problem.message
     assert "choose another --home, lower execution.checkpoint_every.keep" in problem.message
+
+
+def test_an_optimizers_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies on the disk of the home here, which holds the rest of the job as well."""
+    layout, home = NVME | {"offload_dir": str(tmp_path / "swap")}, tmp_path / "home"
+    document = changed(tmp_path, {"candidates.0.layout": layout, "candidates.1.layout": layout})
+    plan = check(parse_spec(document), cluster(), home)
+    sizes = [candidate.offload_bytes for candidate in plan.candidates]
+    assert sizes == [28 * candidate.parameters for candidate in plan.candidates]
+    enough_for_one = int((plan.disk_bytes + max(sizes)) / 0.95) + 1000
+    monkeypatch.setattr("launcher.validate.shutil.disk_usage", lambda path: _Usage(free=enough_for_one))
+    found = problems(document, home)
+    assert [problem.field for problem in found] == [f"candidates.{place}.layout.offload_dir" for place in (0, 1)]
+    assert all("of which the rest of the job takes" in problem.message for problem in found)
+    check(parse_spec(document), cluster(devices=1), home)  # one after the other, each has it for itself
+    assert not (tmp_path / "swap").exists()
 
 
 @dataclass(frozen=True)
