@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from parallelism import agreement, device
-from parallelism.memory import DISK_BYTES_PER_ELEMENT
 from parallelism.engines import ready_deepspeed
+from parallelism.memory import DISK_BYTES_PER_ELEMENT
 
 SUB_GROUP_ELEMENTS = 1
 """DeepSpeed closes a sub-group of parameters when it holds so many elements: at once."""
