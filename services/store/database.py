@@ -21,6 +21,9 @@ WRITING = "espalier_writing"
 BUSY_SECONDS = 30
 POOL = 8
 
+PATIENCE = "-c idle_in_transaction_session_timeout=10s -c lock_timeout=20s -c statement_timeout=60s"
+"""A process that stands still in the middle of a transaction does not hold the others up for ever."""
+
 
 class StoreError(ValueError):
     """A store that cannot be used as it is."""
@@ -40,7 +43,9 @@ class Database:
             self._engine = _sqlite(str(parsed.database))
         elif self.dialect == "postgresql":
             psycopg = parsed.set(drivername="postgresql+psycopg")
-            self._engine = create_engine(psycopg, pool_size=POOL, max_overflow=POOL, pool_pre_ping=True)
+            self._engine = create_engine(
+                psycopg, pool_size=POOL, max_overflow=POOL, pool_pre_ping=True, connect_args={"options": PATIENCE}
+            )
         else:
             raise StoreError(f"database: {self.dialect} is not supported: use sqlite or postgresql")
         self._writing = self._engine.execution_options(**{WRITING: True})

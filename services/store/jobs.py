@@ -223,20 +223,12 @@ class JobStore:
 
         Raises ``IllegalTransition`` for a history that cannot be, and ``LeaseLost``.
         """
-        for change in seen.states:
+        for change in seen.states[:-1]:
             with self.database.write() as session:
-                require(session, lease, self.database.now(session))
-                row = _find(session, job_id, None, lock=True)
-                if change.number <= row.last_event:
-                    continue
-                check_transition(JobState(row.state), change.state)
-                before, row.state, row.changed, row.fed = row.state, change.state.value, change.time, False
-                row.last_event = change.number
-                row.version += 1
-                announce(session, row, before, self.database.now(session))
+                self._enter(session, job_id, lease, change)
         with self.database.write() as session:
-            require(session, lease, self.database.now(session))
-            row = _find(session, job_id, None, lock=True)
+            # The last state comes with its picture: nobody reads the one without the other.
+            row = self._enter(session, job_id, lease, *seen.states[-1:])
             book(session, row, seen.device_seconds, self.database.now(session))
             picture = {
                 "epoch": seen.epoch,
@@ -251,6 +243,21 @@ class JobStore:
                 setattr(row, name, value)
             row.last_event, row.device_seconds = seen.last_event, seen.device_seconds
             return row
+
+    def _enter(self, session: Session, job_id: str, lease: Lease, *changes: Change) -> JobRow:
+        """The job's row, locked, in the state that it came into, unless that was taken over before."""
+        now = self.database.now(session)
+        require(session, lease, now)
+        row = _find(session, job_id, None, lock=True)
+        for change in changes:
+            if change.number <= row.last_event:
+                continue
+            check_transition(JobState(row.state), change.state)
+            before, row.state, row.changed, row.fed = row.state, change.state.value, change.time, False
+            row.last_event = change.number
+            row.version += 1
+            announce(session, row, before, now)
+        return row
 
     def note(self, job_id: str, lease: Lease, **fields: Any) -> None:
         """Change the dispatcher's own columns. Raises ``LeaseLost``."""

@@ -25,6 +25,7 @@ from services.store.tables import JobRow
 from tests.launcher.made import spec_document
 from tests.services.conftest import ROOT
 from tests.services.running import until
+from tests.services.stores import new_database
 
 SECONDS = 90.0
 
@@ -131,7 +132,7 @@ def test_a_job_runs_to_its_end_on_either_store(tmp_path: Path, database_url: str
 
 
 def test_pause_resume_and_cancel(bench: Bench) -> None:
-    job, queued = bench.submit(60, devices=2), bench.submit(5, devices=2)
+    job, queued = bench.submit(400, devices=2), bench.submit(5, devices=2)
     with bench.led():
         bench.steps(job, 8)
         until(lambda: "devices" in (bench.row(queued).waiting or ""))
@@ -178,7 +179,9 @@ def test_a_coordinator_that_is_killed_is_replaced_from_its_checkpoint(bench: Ben
     assert second[-1] == 40
 
 
-def test_one_that_was_stopped_and_wakes_up_changes_nothing(bench: Bench) -> None:
+def test_one_that_was_stopped_and_wakes_up_changes_nothing(tmp_path: Path, postgres: str) -> None:
+    """On PostgreSQL: a process that is stopped while it writes to SQLite holds the file's lock."""
+    bench = Bench(tmp_path, new_database(postgres))
     job = bench.submit(150)
     with bench.dispatcher() as first:
         bench.steps(job, 3)
