@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.gpu.common import apart, connect, forget, make_engine, make_task, quick_start_weights, timed
+from benchmarks.trainers import Step, engine_step, transformers_step
 
 WARM_UP = 3
 LEARNING_RATE = 3e-4
@@ -31,8 +32,6 @@ TINY = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn_hidden": 128}
 ATTENTION_KERNELS = ("flash", "fmha", "cudnn_generated")
 """Parts of the names of kernels that do not materialise the scores."""
 
-Step = Callable[[Any], float]
-
 
 def measure(tiny: bool, steps: int = 10) -> dict[str, Any]:
     """Every shape, each in a fresh process."""
@@ -46,6 +45,7 @@ def measure(tiny: bool, steps: int = 10) -> dict[str, Any]:
 def compare(name: str, tiny: bool, steps: int) -> dict[str, Any]:
     """Medians of both, the median of the ratios of neighbouring steps, and the kernels that took the time."""
     import numpy as np
+    import torch
 
     from parallelism.accounting import train_flops_per_sequence
     from parallelism.instruments import measured_peak_flops
@@ -54,13 +54,9 @@ def compare(name: str, tiny: bool, steps: int) -> dict[str, Any]:
     shape, batch = (TINY, (4, 2)) if tiny else (SHAPES[name], BATCHES[name])
     length = 64 if tiny else LENGTH
     peak = measured_peak_flops("bf16")
-    engine_step, model = make_espalier(shape, batch, length)
-    transformers_step, their_parameters = make_transformers(shape, batch, length)
-    arms: dict[str, Step] = {
-        "espalier": engine_step,
-        "transformers": any_order(transformers_step),
-        "any_order": any_order(engine_step),
-    }
+    ours, model = make_espalier(shape, batch, length)
+    theirs, their_parameters = transformers_step(shape, VOCABULARY, length, batch[1], LEARNING_RATE, torch.bfloat16)
+    arms: dict[str, Step] = {"espalier": ours, "transformers": any_order(theirs), "any_order": any_order(ours)}
     generator = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     losses: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -73,7 +69,7 @@ def compare(name: str, tiny: bool, steps: int) -> dict[str, Any]:
     profiles = {arm: profile(lambda step=step: step(ids)) for arm, step in arms.items() if arm != "any_order"}
     medians = {arm: statistics.median(values[WARM_UP:]) for arm, values in seconds.items()}
     pairs = list(zip(seconds["espalier"], seconds["transformers"], strict=True))
-    ratios = [theirs / ours for ours, theirs in pairs[WARM_UP:]]
+    ratios = [other / own for own, other in pairs[WARM_UP:]]
     flops = batch[0] * train_flops_per_sequence(model, length)
     forget()
     return {
@@ -94,61 +90,15 @@ def compare(name: str, tiny: bool, steps: int) -> dict[str, Any]:
 
 
 def make_espalier(shape: dict[str, int], batch: tuple[int, int], length: int) -> tuple[Step, Any]:
-    """One optimizer step as a function of token ids [sequences, tokens + 1], and the model's config."""
+    """The engine's step, and the model's config."""
     from parallelism.models.gpt.config import GPTConfig
-    from parallelism.models.gpt.sharded import collate
 
     rows, micro_batch = batch
     model = GPTConfig(style="llama", context=length, vocab_size=VOCABULARY, **shape)
     training = {"global_batch": rows, "micro_batch": micro_batch, "precision": "bf16"}
     with quick_start_weights():
         engine = make_engine(make_task(model, training=training))
-
-    def step(ids: Any) -> float:
-        parts = [collate(ids[begin : begin + micro_batch]) for begin in range(0, rows, micro_batch)]
-        return float(engine.train_step(parts, LEARNING_RATE).loss)
-
-    return step, model
-
-
-def make_transformers(shape: dict[str, int], batch: tuple[int, int], length: int) -> tuple[Step, int]:
-    """The same with Transformers' Llama on torch's scaled dot product attention and fused AdamW."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from parallelism.device import device
-
-    rows, micro_batch = batch
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn_hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    with device():
-        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step(ids: Any) -> float:
-        tokens = torch.from_numpy(ids[:, :-1]).to(device())
-        total = torch.zeros((), device=device())
-        for part in tokens.split(micro_batch):
-            # The model shifts the labels itself; one position in `length` fewer is of no account.
-            loss = model(input_ids=part, labels=part).loss * (micro_batch / rows)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(total)
-
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    return engine_step(engine, micro_batch, LEARNING_RATE), model
 
 
 def any_order(step: Step) -> Step:

@@ -13,12 +13,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.trainers import Step, engine_step, transformers_step
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "training_speed.json"
 LEARNING_RATE = 3e-4
@@ -30,16 +31,13 @@ BATCHES = {"5M": (8, 256, 4), "25M": (4, 256, 2)}
 """Sequences per step, tokens per sequence, sequences per micro-batch."""
 
 
-def make_espalier(
-    shape: dict[str, int], batch: tuple[int, int, int], threads: int
-) -> tuple[Callable[[Any], float], int]:
-    """One optimizer step as a function of token ids [sequences, tokens + 1], and the number of parameters."""
+def make_espalier(shape: dict[str, int], batch: tuple[int, int, int], threads: int) -> tuple[Step, int]:
+    """The engine's step, and the number of parameters."""
     from parallelism import device
     from parallelism.budget import Budget
     from parallelism.engines.megatron import MegatronEngine
     from parallelism.layout import Layout
     from parallelism.models.gpt.config import GPTConfig
-    from parallelism.models.gpt.sharded import collate
     from parallelism.training import TrainingConfig, TrainTask
 
     rows, length, micro_batch = batch
@@ -63,54 +61,17 @@ def make_espalier(
             threads_per_rank=threads,
         )
     )
-
-    def step(ids: Any) -> float:
-        parts = [collate(ids[begin : begin + micro_batch]) for begin in range(0, rows, micro_batch)]
-        return engine.train_step(parts, LEARNING_RATE).loss
-
-    return step, config.parameter_count()
+    return engine_step(engine, micro_batch, LEARNING_RATE), config.parameter_count()
 
 
-def make_transformers(
-    shape: dict[str, int], batch: tuple[int, int, int], threads: int
-) -> tuple[Callable[[Any], float], int]:
-    """The same with Transformers' Llama on torch's scaled dot product attention."""
+def make_transformers(shape: dict[str, int], batch: tuple[int, int, int], threads: int) -> tuple[Step, int]:
+    """The same of Transformers."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    rows, length, micro_batch = batch
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["hidden"],
-            intermediate_size=shape["ffn_hidden"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv_heads"],
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step(ids: Any) -> float:
-        tokens, total = torch.from_numpy(ids[:, :-1]), 0.0
-        count = rows // micro_batch
-        for part in tokens.split(micro_batch):
-            # The model shifts the labels itself; one position in `length` fewer is of no account.
-            loss = model(input_ids=part, labels=part).loss / count
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    _, length, micro_batch = batch
+    return transformers_step(shape, shape["vocab_size"], length, micro_batch, LEARNING_RATE, torch.float32)
 
 
 MAKERS = {"espalier": make_espalier, "transformers": make_transformers}
