@@ -1,5 +1,7 @@
 """Who asks, and what they may: keys, tokens, and this machine alone where there are no keys."""
 
+import base64
+import binascii
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -44,24 +46,28 @@ def allowed(role: Role) -> Callable[[Request], Principal]:
     return dependency
 
 
-def identify(request: Request, basic: bool = False) -> Principal:
-    """Who asks. ``basic``: a browser may send the key as a password. Raises :class:`Refusal`."""
+def identify(request: Request, page: bool = False) -> Principal:
+    """Who asks. ``page``: a browser is to ask its user for the key. Raises :class:`Refusal`.
+
+    A browser sends a key as a password, and does so by itself, also for what another site makes it ask for. So that
+    opens what can be read, and never what changes something.
+    """
     service = service_of(request)
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     token = credentials.strip() if scheme.lower() == "bearer" else None
-    if basic and scheme.lower() == "basic":
+    if scheme.lower() == "basic" and request.method in ("GET", "HEAD"):
         token = _password(credentials)
     if token is not None:
-        return _known(service, token, basic)
+        return _known(service, token, page)
     if scheme or service.keys.any() or service.settings.oidc:
-        raise _unauthorized("a key is needed: Authorization: Bearer KEY", basic)
+        raise _unauthorized("a key is needed: Authorization: Bearer KEY", page)
     _refuse_strangers(request, service)
     limits = service.settings.limits
     account = Account(LOCAL_OWNER, None, limits.running_jobs, limits.queued_jobs, limits.device_hours_per_month)
     return Principal(account, "admin", PRIORITIES[-1], local=True)
 
 
-def _known(service: Service, token: str, basic: bool) -> Principal:
+def _known(service: Service, token: str, page: bool) -> Principal:
     row = service.keys.find(token)
     if row is not None:
         role = next((name for name in ROLES if name == row.role), ROLES[0])
@@ -69,7 +75,7 @@ def _known(service: Service, token: str, basic: bool) -> Principal:
     bearer = service.tokens.read(token) if service.tokens else None
     if bearer is not None:
         return Principal(_limited(Account(bearer.owner), service), bearer.role, 0)
-    raise _unauthorized("the key is unknown, has expired or was revoked", basic)
+    raise _unauthorized("the key is unknown, has expired or was revoked", page)
 
 
 def _limited(account: Account, service: Service) -> Account:
@@ -84,15 +90,12 @@ def _limited(account: Account, service: Service) -> Account:
     )
 
 
-def _unauthorized(detail: str, basic: bool) -> Refusal:
-    challenge = 'Basic realm="espalier, the key as the password"' if basic else 'Bearer realm="espalier"'
+def _unauthorized(detail: str, page: bool) -> Refusal:
+    challenge = 'Basic realm="espalier, the key as the password"' if page else 'Bearer realm="espalier"'
     return Refusal(401, detail, headers={"WWW-Authenticate": challenge})
 
 
 def _password(credentials: str) -> str:
-    import base64
-    import binascii
-
     try:
         return base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")[2]
     except (binascii.Error, UnicodeDecodeError):

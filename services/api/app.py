@@ -10,7 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launcher.spec import JobSpec
-from services.api import artifacts, events, jobs, logs, measures, problems, system
+from services.api import artifacts, events, jobs, logs, measures, pages, problems, system
 from services.api.bodies import BodyLimit
 from services.api.context import Service
 from services.settings import Settings
@@ -47,7 +47,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.state.meters = system.Meters(service)
     problems.install(app)
-    for room in (jobs, events, logs, artifacts, measures, system):
+    for room in (jobs, events, logs, artifacts, measures, system, pages):
         app.include_router(room.router)
     app.add_middleware(BodyLimit, limit=settings.body_bytes)
     app.add_middleware(system.Measured, meters=app.state.meters)

@@ -1,5 +1,6 @@
 """What a job leaves: its result, the frontier as data, picture and page, its variants and their files."""
 
+import base64
 import hashlib
 import tempfile
 from collections.abc import Iterator
@@ -132,7 +133,7 @@ def variant_file(
     if file not in files:
         raise Refusal(404, "the variant has no file of that name: GET …/variants/NAME lists them")
     digest = _checksum(files[file], file, _export_checksums(journal, row["name"]))
-    encoded = _base64(bytes.fromhex(digest))
+    encoded = base64.b64encode(bytes.fromhex(digest)).decode()
     headers = {"ETag": f'"{digest}"', "Repr-Digest": f"sha-256=:{encoded}:", "Cache-Control": "no-cache"}
     name = f"{job_id}-{candidate}-{recipe}-{Path(file).name}"
     return FileResponse(files[file], media_type="application/octet-stream", headers=headers, filename=name)
@@ -224,9 +225,3 @@ def _pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while piece := file.read(HASH_BYTES):
             yield piece
-
-
-def _base64(content: bytes) -> str:
-    import base64
-
-    return base64.b64encode(content).decode()

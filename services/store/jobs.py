@@ -198,10 +198,13 @@ class JobStore:
             session.delete(row)
             return row
 
-    def counts(self) -> dict[str, int]:
-        """State → jobs in it."""
+    def counts(self, owner: str | None = None) -> dict[str, int]:
+        """State → jobs in it; ``owner`` None: everybody's."""
+        query = select(JobRow.state, func.count()).group_by(JobRow.state)
+        if owner is not None:
+            query = query.where(JobRow.owner == owner)
         with self.database.read() as session:
-            rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).all()
+            rows = session.execute(query).all()
         return {str(state): int(count) for state, count in rows}
 
     # What the dispatcher does, under its lease

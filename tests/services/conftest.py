@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.states import JobState
 from services.store.database import Database
+from tests.services.running import ROOT, Running, command, text_files, tiny_job, up
 from tests.services.stores import new_database, postgres_server
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 600
 
 
@@ -56,11 +56,6 @@ def small_job(folder: Path) -> dict[str, Any]:
         "evaluation": {"tokens": 2048},
         "execution": {"devices": 2},
     }
-
-
-def command(*arguments: str | Path) -> list[str]:
-    """The command line of ``espalier``, whatever PATH says."""
-    return [sys.executable, "-m", "services.cli", *map(str, arguments)]
 
 
 def espalier(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -121,3 +116,24 @@ def database(database_url: str) -> Iterator[Database]:
     made.migrate()
     yield made
     made.close()
+
+
+@dataclass(frozen=True)
+class Done:
+    """A service with one finished job."""
+
+    service: Running
+    job: str
+    events: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """A small job, run to its end by a service that stays up."""
+    folder = tmp_path_factory.mktemp("service")
+    spec = tiny_job(text_files(folder / "text"))
+    with up(folder / "home", "--mlflow", "none") as service, service.client() as client:
+        job = client.submit(spec).id
+        events = [event for event in client.watch(job) if event is not None]
+        assert client.wait(job, RUN_SECONDS).state is JobState.SUCCEEDED, client.log(job)
+        yield Done(service, job, events)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,14 @@ from typing import Any
 
 from services.client import Client
 from services.up import running_url
-from tests.services.conftest import ROOT, command
 
+ROOT = Path(__file__).resolve().parents[2]
 UP_SECONDS = 120
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The command line of ``espalier``, whatever PATH says."""
+    return [sys.executable, "-m", "services.cli", *map(str, arguments)]
 
 
 def text_files(folder: Path) -> str:

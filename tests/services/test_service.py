@@ -1,39 +1,14 @@
 """A real job through the service: handed in over HTTP, dispatched, trained, compressed, and fetched."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launcher.states import JobState
 from services.client import ServiceError
-from tests.services.conftest import RUN_SECONDS, espalier
-from tests.services.running import Running, text_files, tiny_job, up
+from tests.services.conftest import RUN_SECONDS, Done, espalier
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A service with one finished job."""
-
-    service: Running
-    job: str
-    events: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
-    folder = tmp_path_factory.mktemp("service")
-    spec = tiny_job(text_files(folder / "text"))
-    with up(folder / "home", "--mlflow", "none") as service, service.client() as client:
-        job = client.submit(spec).id
-        events = [event for event in client.watch(job) if event is not None]
-        assert client.wait(job, RUN_SECONDS).state is JobState.SUCCEEDED, client.log(job)
-        yield Done(service, job, events)
 
 
 def test_every_event_is_told_once_and_in_order(done: Done) -> None:
