@@ -9,11 +9,21 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from services.reindex import back_up, reindex
 from services.settings import load_settings
 from services.store.database import Database
 from services.store.keys import ROLES, KeyStore
 from services.store.webhooks import Webhooks
-from services.terminal import DEFAULT_HOME, HomeOption, JsonOption, TrackingOption, print_json, stderr, stdout
+from services.terminal import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    TrackingOption,
+    home_at,
+    print_json,
+    stderr,
+    stdout,
+)
 from services.up import bring_up
 
 DatabaseOption = Annotated[
@@ -34,6 +44,29 @@ def up(
     """Serve the REST API, run its jobs and show MLflow, all on this machine, until Ctrl-C."""
     settings = load_settings(home, host=host, port=port, database=database, mlflow=tracking)
     bring_up(settings, port, lambda line: stderr.print(line, markup=False))
+
+
+def reindex_command(
+    database: DatabaseOption = None, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
+) -> None:
+    """Rebuild what the job store says of jobs from their journals, also after it was lost. With the service down."""
+    with _store(home, database) as store:
+        rebuilt = reindex(store, home_at(home))
+    if as_json:
+        print_json(vars(rebuilt))
+        return
+    stdout.print(f"{len(rebuilt.brought_up_to_date)} jobs brought up to date, {len(rebuilt.found_again)} found again")
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Copy the job store (SQLite) into a file, also while the service is up."""
+    back_up(load_settings(home).database_url, target)
+    stderr.print(
+        f"the job store is in {target}; the journals are copied as files: {home_at(home).jobs_dir}", markup=False
+    )
 
 
 @contextmanager
@@ -157,5 +190,7 @@ def remove_webhook(
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command()(up)
+    app.command(name="reindex")(reindex_command)
+    app.command()(backup)
     app.add_typer(keys, name="keys")
     app.add_typer(webhooks, name="webhooks")

@@ -24,6 +24,7 @@ from services.api.documents import JobDocument, JobPage, JobWithSpec, ResumeRequ
 from services.api.problems import FieldError, Refusal, responses
 from services.api.views import etag, job_document, job_with_spec, links, read_cursor, write_cursor
 from services.store.jobs import Filter, NewJob, Wish
+from services.store.records import FORGOTTEN
 from services.store.tables import JobRow
 from services.submission import Request as CheckedJob
 from services.submission import make_request
@@ -234,7 +235,7 @@ def delete(request: Request, who: Submitter, job_id: JobId, if_match: IfMatch = 
     service.jobs.delete(job_id, who.sees, version_of(if_match))
     journal = service.journal(job_id)
     if journal is not None:
-        journal.write_document("forgotten", {"by": who.account.owner})
+        journal.write_document(FORGOTTEN, {"by": who.account.owner})
     return Response(status_code=204)
 
 

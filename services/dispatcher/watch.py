@@ -15,10 +15,8 @@ from launcher.view import JobView
 from services.observed import device_seconds, progress, summarize
 from services.progress import Pace
 from services.store.jobs import Change, Observation
+from services.store.records import RECORD
 from services.store.tables import JobRow
-
-RECORD = "service"
-"""The document in a journal that tells whose job it is, should the store be lost."""
 
 STAGING = ".new"
 

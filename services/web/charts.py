@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from compression.report import COLORS
 from services.measures import Points, thin
+from services.tables import counted
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 410.0, 10.0, 196.0
 MOST_POINTS = 300
@@ -56,12 +57,19 @@ def chart(name: str, series: Mapping[str, Points]) -> Chart | None:
         Line(one, COLORS[index % len(COLORS)], " ".join(place(step, value) for step, value in rows[one]))
         for index, one in enumerate(sorted(rows))
     ]
-    ticks = [Tick(_height(value, low, high), f"{value:.3g}") for value in (low, (low + high) / 2, high)]
-    return Chart(name, first, last, ticks, lines)
+    ticks = [Tick(_height(value, low, high), _short(value)) for value in (low, (low + high) / 2, high)]
+    return Chart(name.replace("_", " "), first, last, ticks, lines)
 
 
 def _finite(points: Points) -> list[tuple[int, float]]:
     return [(step, value) for step, value, _ in thin(points, MOST_POINTS) if math.isfinite(value)]
+
+
+def _short(value: float) -> str:
+    """A value on the axis, in a few signs."""
+    if abs(value) >= 1000:
+        return counted(value)
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.3g}"
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
+from launcher.jobs import Home, create_job
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import JobState
 from services.dispatcher.loop import Dispatcher
+from services.reindex import back_up, reindex
 from services.settings import Settings
-from services.store.database import Database
-from services.store.jobs import Account, Filter, JobStore, NewJob, Wish
+from services.store.database import Database, StoreError
+from services.store.jobs import Account, Filter, JobStore, NewJob, UnknownJob, Wish
 from services.store.tables import JobRow
 from tests.launcher.made import spec_document
 from tests.services.conftest import ROOT
@@ -251,3 +253,51 @@ def test_owners_take_turns_and_devices_are_never_given_twice(tmp_path: Path) -> 
     for start, _ in lives:
         assert sum(other <= start < end for other, end in lives) <= 2
     assert lives[4][0] < lives[2][0]  # berta's, the last to come, before anna's third
+
+
+def test_a_lost_store_is_rebuilt_from_the_journals_and_a_backup_restored(bench: Bench) -> None:
+    """The store is copied, lost, copied back and brought up to date: also what happened since is known then."""
+    first = bench.submit(10)
+    with bench.led():
+        bench.reaches(first, JobState.SUCCEEDED)
+        until(lambda: bench.row(first).handle is None)
+    copy = bench.settings.home / "copy.db"
+    back_up(bench.settings.database_url, copy)
+    with pytest.raises(StoreError, match="exists already"):
+        back_up(bench.settings.database_url, copy)
+    second, forgotten = bench.submit(400), bench.submit(5)
+    with bench.dispatcher() as process:
+        with pytest.raises(StoreError, match="a dispatcher leads"):
+            until(lambda: reindex(bench.jobs.database, Home(bench.settings.home)) and False, 30)
+        bench.steps(second, 5)
+        bench.reaches(forgotten, JobState.SUCCEEDED)
+        process.kill()
+    bench.journal(forgotten).write_document("forgotten", {})
+    create_job(JobSpec.model_validate(spec_document()), Home(bench.settings.home))  # of `espalier run`
+    before = {job: vars(bench.row(job)) for job in (first, second)}
+
+    restored = Bench(bench.settings.home, f"sqlite:///{copy}", lease_seconds=0.2)
+    with pytest.raises(UnknownJob):
+        restored.row(second)
+    rebuilt = reindex(restored.jobs.database, Home(bench.settings.home))
+    assert (rebuilt.brought_up_to_date, rebuilt.found_again) == ([first], [second])
+    for job, known in before.items():
+        row = restored.row(job)
+        for field in ("owner", "name", "state", "epoch", "priority", "created", "devices", "desired", "request_hash"):
+            assert getattr(row, field) == known[field], field
+    worker = restored.pid(second)
+    with restored.led():
+        until(lambda: (restored.row(second).handle or {}).get("pid") == worker)  # adopted: nothing was started
+        restored.jobs.ask(second, None, Wish("cancel"))
+        assert restored.reaches(second, JobState.CANCELLED).epoch == 1
+
+
+def test_the_store_is_lost_altogether(bench: Bench) -> None:
+    job = bench.submit(10, priority=3, idempotency_key="k")
+    with bench.led():
+        bench.reaches(job, JobState.SUCCEEDED)
+    fresh = Bench(bench.settings.home, f"sqlite:///{bench.settings.home}/new.db")
+    reindex(fresh.jobs.database, Home(bench.settings.home))
+    row = fresh.row(job)
+    assert (row.owner, row.state, row.priority, row.idempotency_key, row.progress) == ("anna", "succeeded", 3, "k", 1.0)
+    assert fresh.jobs.get(job, None, whole=True).spec == bench.jobs.get(job, None, whole=True).spec
