@@ -4,6 +4,7 @@ Every seed is one job (``espalier run``): the model is trained for the given min
 Python's standard library, and compressed by magnitude, Wanda and SparseGPT at 60 % and 70 %, and by round-to-nearest
 and GPTQ at 4 and 3 bits with one scale per output channel. Perplexity on held-out text, mean and range over the seeds.
 The orders that the papers report (SparseGPT <= Wanda <= magnitude; GPTQ <= round-to-nearest) are checked by seed.
+Wanda chooses row by row; a second job prunes by magnitude row by row, too, so that the criteria alone are compared.
 Jobs are kept below ``--home`` (others take the models from there) and continued when they are there already.
 Writes ``../results/reference.json``.
 
@@ -28,6 +29,7 @@ CANDIDATE = "llama-5m"
 MODEL = {"family": "gpt", "style": "llama", "layers": 6, "hidden": 256, "heads": 8, "ffn_hidden": 704}
 ORDERS = (
     *(tuple(f"{method}-s{sparsity}" for method in ("sparsegpt", "wanda", "magnitude")) for sparsity in (60, 70)),
+    *((f"wanda-s{sparsity}", f"magnitude-s{sparsity}-row") for sparsity in (60, 70)),
     *(tuple(f"{method}-w{bits}" for method in ("gptq", "rtn")) for bits in (4, 3)),
 )
 """Recipes, the best first, as published."""
@@ -41,7 +43,8 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "espalier-reference")
     arguments = parser.parse_args()
     jobs = {seed: run(job(seed, arguments.minutes), arguments.home) for seed in arguments.seeds}
-    perplexity = {seed: perplexities(result) for seed, result in jobs.items()}
+    by_row = {seed: run(row_job(seed, jobs[seed]), arguments.home) for seed in arguments.seeds}
+    perplexity = {seed: perplexities(jobs[seed]) | perplexities(by_row[seed]) for seed in arguments.seeds}
     document = {
         "minutes": arguments.minutes,
         "models": {seed: training(result) for seed, result in jobs.items()},
@@ -78,6 +81,16 @@ def job(seed: int, minutes: float) -> dict[str, Any]:
         "export": {"variants": "none"},
         "execution": {"devices": 1},
     }
+
+
+def row_job(seed: int, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The job that prunes a trained model by magnitude, row by row."""
+    (candidate,) = trained["candidates"]
+    spec = job(seed, 1.0) | {"name": f"reference-{seed}-row"}
+    del spec["budget"]
+    spec["candidates"] = [{"name": CANDIDATE, "source": candidate["checkpoint"]}]
+    spec["compression"] = {"prune": {"methods": ["magnitude"], "sparsity": [0.6, 0.7], "scope": "row"}}
+    return spec
 
 
 def run(spec: Mapping[str, Any], home: Path) -> dict[str, Any]:
