@@ -99,7 +99,10 @@ def run(spec: Mapping[str, Any], home: Path) -> dict[str, Any]:
     file = home / f"{spec['name']}.yaml"
     known = {row["name"]: row for row in espalier("list", "--home", str(home))}
     file.write_text(yaml.safe_dump(dict(spec), sort_keys=False), encoding="utf-8")
-    earlier = ["--continue", known[spec["name"]]["job"]] if spec["name"] in known else []
+    row = known.get(spec["name"])
+    if row is not None and row["state"] == "succeeded":
+        return espalier("show", row["job"], "--home", str(home))
+    earlier = ["--continue", row["job"]] if row is not None else []
     return espalier("run", str(file), *earlier, "--home", str(home), "--mlflow", "none")
 
 
