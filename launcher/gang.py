@@ -7,12 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.adopt import adopt_newest, remove_older_roots
 from launcher.journal import Journal
-from launcher.policy import HOPELESS, Cause, Ended, GiveUp, after_gang_end, loss_of, root_cause, stalled
+from launcher.life import last_sign
+from launcher.policy import (
+    HOPELESS,
+    Cause,
+    Ended,
+    GiveUp,
+    after_gang_end,
+    loss_of,
+    root_cause,
+    stalled,
+    unseen_seconds,
+)
 from launcher.view import CandidateView, GangView
 from launcher.workers import TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from parallelism.budget import Burnt
@@ -130,23 +142,27 @@ class CandidateRun:
     def clock(self) -> dict[str, Any]:
         """What this process group has burnt so far, and the candidate in all; fields of a heartbeat."""
         wall = time.monotonic() - self._reserved_at if self.phase in (Phase.STARTING, Phase.RUNNING) else 0.0
-        device = wall * self.shape.world_size
-        earlier = self._earlier_burnt()
+        clock, earlier = self._gang_clock(wall), self._earlier_burnt()
         return {
             "step": self._step,
-            "gang_wall_seconds": wall,
-            "gang_device_seconds": device,
+            **clock,
             "wall_seconds": earlier.wall_seconds + wall,
-            "device_seconds": earlier.device_seconds + device,
+            "device_seconds": earlier.device_seconds + clock["gang_device_seconds"],
         }
+
+    def _gang_clock(self, wall: float) -> dict[str, float]:
+        return {"gang_wall_seconds": wall, "gang_device_seconds": wall * self.shape.world_size}
 
     # Reserving and starting
 
+    def _log(self, epoch: int, gang: int, rank: int) -> Path:
+        """Where a rank's output goes."""
+        return self._journal.log_path(f"{self.name}.e{epoch:04d}-g{gang:02d}.rank{rank}")
+
     def _new_group(self) -> WorkerGroup:
-        label = f"{self.name}.e{self._journal.epoch:04d}-g{self._gangs:02d}"
         return WorkerGroup(
             self.shape,
-            lambda rank: self._journal.log_path(f"{label}.rank{rank}"),
+            partial(self._log, self._journal.epoch, self._gangs),
             function=self._function,
             connected=self._connected,
             timeout_seconds=self._stall_seconds,
@@ -194,13 +210,19 @@ class CandidateRun:
             world_size=self.shape.world_size,
             resumed_from=str(resumed.path) if resumed else None,
             resumed_step=self._resumed_step,
+            **self._gang_clock(time.monotonic() - self._reserved_at),
         )
 
     def _write_restart(self, previous: GangView, resumed: CheckpointInfo | None) -> None:
-        """The clock of the dead group is set, too: after it was last heard of, it may have written a checkpoint."""
+        """The clock of the dead group is set, too: after it was last told, the group may have gone on.
+
+        Where its coordinator was lost, nobody saw it end, and it is charged for as long as it may have lived: a budget
+        on a clock is not exceeded by what nobody saw.
+        """
+        unseen = self._unseen_seconds(previous) if previous.ended is None else 0.0
         loss = loss_of(
             previous.step,
-            Burnt(previous.device_seconds, previous.wall_seconds),
+            Burnt(previous.device_seconds + unseen * previous.world_size, previous.wall_seconds + unseen),
             _burnt_by(self._candidate().gangs[:-1]),
             self._resumed_step,
             resumed.metrics.burnt if resumed else Burnt(),
@@ -213,7 +235,16 @@ class CandidateRun:
             lost_device_seconds=loss.device_seconds,
             gang_device_seconds=loss.burnt.device_seconds,
             gang_wall_seconds=loss.burnt.wall_seconds,
+            unseen_device_seconds=unseen * previous.world_size,
+            message=f"nobody saw its ranks end; charged for {unseen:.1f} s more, as long as they may have lived"
+            if unseen
+            else "",
         )
+
+    def _unseen_seconds(self, previous: GangView) -> float:
+        """How long the ranks may have lived after their clock was last told, by their logs."""
+        logs = [self._log(previous.epoch, previous.number, rank) for rank in range(previous.world_size)]
+        return unseen_seconds(previous.told, last_sign(logs), time.time())
 
     def _poll_start(self) -> None:
         group = self._active_group

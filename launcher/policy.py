@@ -166,6 +166,20 @@ def after_coordinator_end(end: CoordinatorEnd, fruitless: int) -> Restart | Give
     return Restart(after_seconds=0.0 if count <= 1 else min(30.0, 2.0 ** (count - 2)), consecutive=count)
 
 
+UNSEEN_SECONDS = 10.0
+"""A process that lives gives a sign of it within this time, however busy its machine is."""
+
+
+def unseen_seconds(told: float, last_sign: float, now: float) -> float:
+    """How long a group may have gone on, at most, after its coordinator last told its clock and was then lost.
+
+    ``told`` is when that was, ``last_sign`` when a rank last showed that it lived, and ``now`` when its successor has
+    the devices; all in seconds since 1970. The time in which nobody took the job up again is not counted: whoever gave
+    no sign for :data:`UNSEEN_SECONDS` was dead by then.
+    """
+    return max(0.0, min(now, max(told, last_sign) + UNSEEN_SECONDS) - told)
+
+
 @dataclass(frozen=True)
 class Loss:
     """What a dead process group burnt in all, and what of its work has to be done again."""

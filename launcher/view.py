@@ -22,6 +22,8 @@ class GangView:
     step: int
     device_seconds: float = 0.0
     wall_seconds: float = 0.0
+    told: float = 0.0
+    """When its clock was last told, in seconds since 1970."""
     checkpoint_step: int = 0
     ended: str | None = None
     replaced: bool = False
@@ -149,16 +151,20 @@ def _gang_started(view: JobView, event: Event) -> None:
             resumed_from=event["resumed_from"],
             resumed_step=event["resumed_step"],
             step=event["resumed_step"],
+            told=event["time"],
             checkpoint_step=event["resumed_step"],
         )
     )
+    _clock(candidate.gangs[-1], event)
 
 
-def _clock(gang: GangView, fields: dict[str, Any]) -> None:
+def _clock(gang: GangView, event: Event) -> None:
     """Clocks of a gang only run forward, whichever event tells them."""
-    gang.step = max(gang.step, fields.get("step", 0))
-    gang.device_seconds = max(gang.device_seconds, fields.get("gang_device_seconds", 0.0))
-    gang.wall_seconds = max(gang.wall_seconds, fields.get("gang_wall_seconds", 0.0))
+    gang.step = max(gang.step, event.get("step", 0))
+    if "gang_wall_seconds" in event:
+        gang.device_seconds = max(gang.device_seconds, event["gang_device_seconds"])
+        gang.wall_seconds = max(gang.wall_seconds, event["gang_wall_seconds"])
+        gang.told = max(gang.told, event["time"])
 
 
 def _gang_event(view: JobView, event: Event) -> CandidateView | None:

@@ -20,6 +20,7 @@ import psutil
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
+from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
 from launcher.reservation import Bundle, Reservation
 from parallelism.registry import load
@@ -82,6 +83,7 @@ class RankProcess:
         self._lock = threading.Lock()
         self._store: Any = None
         send_output_to(Path(log))
+        show_life(Path(log))
 
     def facts(self) -> RankFacts:
         """Where this rank lives."""

@@ -16,6 +16,7 @@ from launcher.backends.local import LocalBackend
 from launcher.coordinator import EXIT_STALE
 from launcher.jobs import Home, JobError, Supervisor, create_job, run_job, stop_job
 from launcher.journal import Journal
+from launcher.policy import UNSEEN_SECONDS
 from launcher.processes import local_processes
 from launcher.result import result_document
 from launcher.spec import JobSpec
@@ -155,6 +156,12 @@ def test_killed_ranks_and_coordinators_change_nothing_but_the_bill(
     # A killed rank has always burnt something since its last checkpoint, whether that checkpoint was told or not.
     assert view.candidate("a").restarts[0]["lost_device_seconds"] > 0
     assert candidate["device_seconds"] > candidate["lost_device_seconds"]
+    # What nobody saw is charged for at least as long as the rank shows in its log, and for a few seconds at most.
+    started = [event for event in journal.events() if event["kind"] == "gang_started"][1]
+    lived = journal.log_path("a.e0001-g02.rank0").stat().st_mtime - started["time"]
+    assert lived - 0.1 < view.candidate("a").gangs[1].wall_seconds < lived + 2 * UNSEEN_SECONDS
+    assert "unseen_device_seconds" in view.candidate("a").restarts[1]
+    assert view.candidate("a").restarts[0]["unseen_device_seconds"] == 0.0
     # A group without its coordinator runs on for a while; what its last checkpoint says of the clock is counted.
     for gang, restart in zip(view.candidate("a").gangs, view.candidate("a").restarts, strict=False):
         assert gang.device_seconds >= STEP_SECONDS * (restart["from_step"] - gang.resumed_step)

@@ -1,5 +1,6 @@
 """One candidate's process groups on a real Ray cluster: what is said while devices are missing, and after a death."""
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -78,6 +79,34 @@ def test_a_death_is_written_down_once(room: Room, tmp_path: Path) -> None:
     candidate: CandidateView = journal.view().candidate("small")
     assert [restart["reason"] for restart in candidate.restarts] == ["coordinator lost"]
     assert [gang.epoch for gang in candidate.gangs] == [1, 3]
+
+
+def test_what_nobody_saw_is_charged_for_as_long_as_the_ranks_may_have_lived(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.policy.UNSEEN_SECONDS", 0.25)
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    gang = {"gang": 1, "root": str(tmp_path / "e0001-g01"), "world_size": 2, "resumed_from": None, "resumed_step": 0}
+    journal.append("gang_started", {"candidate": "small", **gang})
+    clock = {"step": 3, "gang_wall_seconds": 7.0, "gang_device_seconds": 14.0}
+    told = journal.append("heartbeat", {"candidate": "small", **clock})["time"]
+    for rank, lived in enumerate((0.5, 0.125)):
+        log = journal.log_path(f"small.e0001-g01.rank{rank}")
+        log.touch()
+        os.utime(log, (told + lived, told + lived))
+    time.sleep(1.0)
+    journal.claim_epoch()
+    run = _run(journal)
+    run.reserve()
+    _poll(run, lambda: run.phase is Phase.STARTING)
+    run.stop("pause", 0.0)
+    (restart,) = journal.view().candidate("small").restarts
+    assert restart["gang_wall_seconds"] == pytest.approx(7.75, abs=1e-3)  # 0.5 s in rank 0's log, 0.25 s without a sign
+    assert restart["gang_device_seconds"] == pytest.approx(15.5, abs=2e-3)
+    assert restart["unseen_device_seconds"] == pytest.approx(1.5, abs=2e-3)
+    assert restart["message"].startswith("nobody saw its ranks end; charged for 0.")
+    assert journal.view().candidate("small").gangs[0].device_seconds == restart["gang_device_seconds"]
 
 
 def _die_before_the_gang(journal: Journal, kind: str, **fields: object) -> None:

@@ -1,9 +1,12 @@
 """Decisions about restarts, stalls and room, called directly."""
 
+import random
+
 import pytest
 
 from launcher.policy import (
     TEMPORARY_EXIT_CODE,
+    UNSEEN_SECONDS,
     Cause,
     CoordinatorEnd,
     Ended,
@@ -18,6 +21,7 @@ from launcher.policy import (
     root_cause,
     side_by_side,
     stalled,
+    unseen_seconds,
 )
 from parallelism.budget import Budget, Burnt
 from parallelism.result import STALLED_EXIT_CODE, DivergedError
@@ -134,3 +138,32 @@ def test_candidates_share_devices_but_under_a_clock_no_cores() -> None:
     assert fits(1, 1, 4, threads=1, cores=2, bound="cores")
     assert not fits(1, 1, 4, threads=2, cores=2, bound="cores")
     assert fits(4, 0, 4, threads=1, cores=2, bound="cores")  # alone it shares with nobody
+
+
+@pytest.mark.parametrize(
+    ("last_sign", "now", "expected"),
+    [
+        (100.0, 103.0, 3.0),  # taken over at once: until then
+        (102.0, 500.0, 12.0),  # left alone for long: until it must have been dead
+        (0.0, 500.0, 10.0),  # no process had begun
+        (60.0, 500.0, 10.0),  # its last sign was before its clock was told
+        (102.0, 99.0, 0.0),  # clocks that do not agree
+    ],
+)
+def test_what_nobody_saw_is_bounded(last_sign: float, now: float, expected: float) -> None:
+    assert unseen_seconds(100.0, last_sign, now) == expected
+
+
+def test_the_bound_is_never_less_than_what_was_burnt() -> None:
+    """A group lives on for a while after its coordinator and shows it now and then; some time later somebody asks."""
+    chooser = random.Random(3)
+    for _ in range(1000):
+        told = chooser.uniform(0.0, 10.0)
+        death, sign = told, told
+        while chooser.random() < 0.9:
+            death += chooser.uniform(0.0, UNSEEN_SECONDS - 0.01)
+            sign = death
+        death += chooser.uniform(0.0, UNSEEN_SECONDS - 0.01)
+        now = death + chooser.choice([0.0, 1.0, 1e5])
+        bound = unseen_seconds(told, sign, now)
+        assert death - told - 1e-9 <= bound <= death - told + UNSEEN_SECONDS + 1e-9
