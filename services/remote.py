@@ -93,8 +93,6 @@ def watch(client: Client, job: JobWithSpec, display: Display) -> JobState:
             if time.monotonic() >= shown + REFRESH_SECONDS:
                 display.update(view)
                 shown = time.monotonic()
-            if event["kind"] == "state" and view.state in RESTING and _rests(client, job.id):
-                break
         display.update(view)
     return view.state
 
@@ -109,15 +107,6 @@ def _tell_away(client: Client, display: Display, told: bool) -> bool:
             display.say("the service is away; the job goes on, and so does this once it is back")
         return True
     return False
-
-
-def _rests(client: Client, job_id: str) -> bool:
-    """A job that was cut off and is taken up again does not rest."""
-    try:
-        job = client.job(job_id)
-    except OSError:
-        return False
-    return not (job.state is JobState.INTERRUPTED and job.desired == "run")
 
 
 def expected_variants(job: JobWithSpec) -> tuple[list[str], int]:

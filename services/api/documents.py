@@ -63,6 +63,7 @@ class JobDocument(BaseModel):
     owner: str
     state: JobState
     desired: Literal["run", "pause", "cancel"]
+    active: bool = Field(description="something still happens to it without anybody asking")
     priority: int
     created: float = Field(description="seconds since 1970, as all times here")
     changed: float = Field(description="when the state changed last")

@@ -11,11 +11,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from launcher.journal import Journal
-from launcher.states import FINAL, JobState
 from services.api.context import Service, service_of
 from services.api.documents import EventPage
 from services.api.jobs import JobId, Reader
 from services.api.problems import responses
+from services.api.views import is_active
 
 router = APIRouter(prefix="/v1")
 
@@ -23,9 +23,6 @@ STREAM = "text/event-stream"
 EVENTS_PER_READ = 500
 POLL_SECONDS, ALIVE_SECONDS = 0.5, 15.0
 RETRY_MILLISECONDS = 1000
-OVER = FINAL | {JobState.FAILED}
-"""States behind which a stream ends: nothing follows unless somebody asks for it."""
-
 MOST_NUMBER = 2**53
 
 
@@ -61,7 +58,7 @@ def _read(journal: Journal | None, after: int, limit: int) -> list[dict[str, Any
 
 
 async def _stream(request: Request, service: Service, job_id: str, after: int) -> AsyncIterator[str]:
-    """Every event from ``after`` on, as it is written; ends once the job is over and everything was told."""
+    """Every event from ``after`` on, as it is written; ends once the job rests and everything was told."""
     yield f"retry: {RETRY_MILLISECONDS}\n\n"
     silent = 0.0
     while not await request.is_disconnected():
@@ -85,6 +82,6 @@ async def _stream(request: Request, service: Service, job_id: str, after: int) -
 
 
 def is_over(service: Service, job_id: str) -> bool:
-    """By the store, which the dispatcher tells after the journal: nobody works on the job any more."""
+    """By the store, which the dispatcher tells after the journal: nothing follows unless somebody asks for it."""
     row = service.jobs.peek(job_id)
-    return row is None or (JobState(row.state) in OVER and row.handle is None)
+    return row is None or (row.handle is None and not is_active(row))

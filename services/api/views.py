@@ -4,6 +4,7 @@ import base64
 import binascii
 from typing import Any
 
+from launcher.states import FINAL, RESTING, JobState
 from services.api.documents import JobDocument, JobWithSpec, Links
 from services.api.problems import FieldError, Refusal
 from services.store.tables import JobRow
@@ -25,6 +26,7 @@ def _fields(row: JobRow, base: str) -> dict[str, Any]:
     same = ("id", "name", "owner", "state", "desired", "priority", "created", "changed", "progress", "error", "devices")
     return {
         **{name: getattr(row, name) for name in same},
+        "active": is_active(row),
         "attempt": row.epoch,
         "stage": seen.get("stage"),
         "seconds_left": seen.get("seconds_left"),
@@ -33,6 +35,19 @@ def _fields(row: JobRow, base: str) -> dict[str, Any]:
         "variants": seen.get("variants"),
         "links": links(row.id, base),
     }
+
+
+def is_active(row: JobRow) -> bool:
+    """Whether the dispatcher has, or will have, something to do with the job as things are."""
+    state = JobState(row.state)
+    if state in FINAL:
+        return False
+    if row.desired == "cancel":
+        return True
+    if row.desired == "pause":
+        return state not in RESTING | {JobState.SUBMITTED}
+    by_itself = state not in RESTING or state is JobState.INTERRUPTED
+    return by_itself or row.resumed_epoch >= row.epoch
 
 
 def links(job_id: str, base: str) -> Links:

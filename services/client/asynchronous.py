@@ -21,9 +21,9 @@ from services.api.documents import (
     VariantDocument,
 )
 from services.client import calls
-from services.client.calls import Call, EventParser, ServiceUnreachable, Spec, StreamEnded
+from services.client.calls import Call, EventParser, ServiceError, ServiceUnreachable, Spec, StreamEnded
 from services.client.files import Download
-from services.client.synchronous import ALIVE_SECONDS, PAUSE_SECONDS, TRIES, at_rest
+from services.client.synchronous import ALIVE_SECONDS, PAUSE_SECONDS, TRIES
 
 T = TypeVar("T")
 
@@ -160,6 +160,10 @@ class AsyncClient:
                 return
             except httpx2.TransportError:
                 yield None
+            except ServiceError as error:
+                if error.status < 500:  # a server on its way down, or up, is waited for
+                    raise
+                yield None
             parser.broken_off()
             await asyncio.sleep(PAUSE_SECONDS)
 
@@ -183,11 +187,11 @@ class AsyncClient:
                 yield piece
 
     async def wait(self, job_id: str, timeout_seconds: float | None = None) -> JobWithSpec:
-        """The job once it rests and nobody has asked it to go on. Raises ``TimeoutError``."""
+        """The job once nothing happens to it any more unless somebody asks for it. Raises ``TimeoutError``."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             job = await self.job(job_id)
-            if at_rest(job):
+            if not job.active:
                 return job
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} is {job.state} after {timeout_seconds:g} s")

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import httpx2
 
 from launcher.events import Event
-from launcher.states import RESTING, JobState
 from services.api.documents import (
     FrontierDocument,
     Health,
@@ -21,7 +20,7 @@ from services.api.documents import (
     VariantDocument,
 )
 from services.client import calls
-from services.client.calls import Call, EventParser, ServiceUnreachable, Spec, StreamEnded
+from services.client.calls import Call, EventParser, ServiceError, ServiceUnreachable, Spec, StreamEnded
 from services.client.files import Download
 
 T = TypeVar("T")
@@ -161,6 +160,10 @@ class Client:
                 return
             except httpx2.TransportError:
                 yield None
+            except ServiceError as error:
+                if error.status < 500:  # a server on its way down, or up, is waited for
+                    raise
+                yield None
             parser.broken_off()
             time.sleep(PAUSE_SECONDS)
 
@@ -182,11 +185,11 @@ class Client:
             yield from answer.iter_text()
 
     def wait(self, job_id: str, timeout_seconds: float | None = None) -> JobWithSpec:
-        """The job once it rests and nobody has asked it to go on. Raises ``TimeoutError``."""
+        """The job once nothing happens to it any more unless somebody asks for it. Raises ``TimeoutError``."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             job = self.job(job_id)
-            if at_rest(job):
+            if not job.active:
                 return job
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} is {job.state} after {timeout_seconds:g} s")
@@ -228,9 +231,3 @@ class Client:
                 raise calls.refusal(answer.status_code, answer.content)
             return call.read(answer.content)
         raise AssertionError("every try returns or raises")
-
-
-def at_rest(job: JobDocument) -> bool:
-    """Whether nothing happens to the job any more unless somebody asks for it."""
-    goes_on = job.state is JobState.INTERRUPTED and job.desired == "run"
-    return job.state in RESTING and not goes_on
