@@ -24,7 +24,7 @@ from compression.recipe import Recipe
 from compression.results import LayerResult
 
 MANIFEST = "manifest.json"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised when the same inputs come to give other files: committed layers of older code are then made anew."""
 
 
@@ -75,6 +75,12 @@ class Workspace:
         for path in folder.glob("*.safetensors"):
             if path.name not in current:
                 path.unlink(missing_ok=True)
+
+    def remove_drafts(self) -> None:
+        """Delete what killed writers left unfinished, here and in the chains; nobody may be writing."""
+        for part in ("layers", "measures", "sequential", "variants"):
+            for draft in (self.directory / part).rglob(".*"):
+                draft.unlink(missing_ok=True)
 
     def remove_statistics(self) -> None:
         """Delete the statistics of this candidate, of whatever inputs."""

@@ -253,6 +253,7 @@ class GridWork:
         Workspace(self.out).remove_statistics()
         for recipe in self.chains:
             Workspace(chain_directory(self.out, recipe)).remove_statistics()
+        Workspace(self.out).remove_drafts()
 
 
 def run_works(job: JobContext, works: Iterable[GridWork]) -> None:

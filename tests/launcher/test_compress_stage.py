@@ -102,6 +102,10 @@ def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make) -> None:
     assert len(expected) == 1 + 1 + 1 + 4 + 2 * 4  # dense, layers, pruning, widths, every pair
     assert not (calm.journal.candidate_dir("given") / "statistics").exists()
     stormy, stop = make("stormy"), threading.Event()
+    folder = stormy.journal.candidate_dir("given")
+    unfinished = folder / "layers" / "00001" / ".dense.safetensors.of-a-killed-writer"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
     killed: list[int] = []
     killer = threading.Thread(target=lambda: killed.extend(_kill_workers(stormy, 5, stop)))
     killer.start()
@@ -111,6 +115,7 @@ def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make) -> None:
         stop.set()
         killer.join()
     restarts = [event for event in stormy.journal.events() if event["kind"] == "task_restart"]
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
     assert killed
     assert len(restarts) <= len(killed)
     layers = [event["layer"] for event in stormy.journal.events() if event["kind"] == "layer_compressed"]
