@@ -106,7 +106,7 @@ class MegatronEngine:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return _mean_over_ranks(parts)
+        return mean_over_ranks(parts)
 
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], tokens: Tensor, **groups: Any) -> None:
         """Sum gradients over ranks and divide them by the tokens of the global batch.
@@ -120,10 +120,10 @@ class MegatronEngine:
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch, objective = next(batches), self._objective
         if objective is None:
-            return self._family.losses(model, batch), _sum_of_losses
+            return self._family.losses(model, batch), sum_of_losses
         training = model.training
         logits = self._family.logits(model, batch)
-        return logits, lambda logits: _sum_of_losses(objective.of_logits(logits, batch, training=training))
+        return logits, lambda logits: sum_of_losses(objective.of_logits(logits, batch, training=training))
 
     def _check_interleaving(self, count: int) -> None:
         if self.layout.virtual_pipeline > 1 and count % self.layout.pipeline:
@@ -274,14 +274,14 @@ def _main_gradient(parameter: Any) -> Tensor:
     return gradient
 
 
-def _sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sum_of_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum to differentiate, number of tokens, [sum, number] to report) of one micro-batch's losses [B, S]."""
     # Filled on the device: a number sent there would wait for everything before it.
     count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
     return losses.sum(), count, torch.stack((losses.detach().double().sum(), count.double()))
 
 
-def _mean_over_ranks(parts: list[Tensor]) -> float:
+def mean_over_ranks(parts: list[Tensor]) -> float:
     """Mean loss per token from the [sum, number] of the micro-batches on last stages, the same on every rank."""
     total = torch.zeros(2, dtype=torch.float64, device=device.device())
     if parts and parallel_state.get_tensor_model_parallel_rank() == 0:

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from parallelism import device
-from parallelism.engines.megatron import build_chunks, start_parallel_state
+from parallelism.engines.megatron import build_chunks, mean_over_ranks, start_parallel_state, sum_of_losses
 from parallelism.initialize import initialize
 from parallelism.models.base import Batch, Losses, ModelConfig, ShardedFamily
 from parallelism.training import TrainTask
@@ -52,12 +50,7 @@ def evaluate(objective: Losses, module: torch.nn.Module, micro_batches: Sequence
 
 def mean_over_data(losses: Sequence[Tensor]) -> float:
     """Mean of the per-token losses [batch, sequence] of all data ranks' micro-batches, the same on every rank."""
-    total = torch.zeros(2, dtype=torch.float64, device=device.device())
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        for part in losses:
-            total += torch.stack((part.detach().double().sum(), total.new_full((), part.numel())))
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
+    return mean_over_ranks([sum_of_losses(part)[2] for part in losses])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster import GIBI, Cluster
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 
@@ -15,6 +16,19 @@ def spec_document(**changes: Any) -> dict[str, Any]:
         "budget": {"tokens": 4096},
         "candidates": [{"name": "small", "model": {"family": "gpt", "layers": 1, "hidden": 16, "heads": 2}}],
     } | changes
+
+
+def cpus(devices: int = 2, gibibytes: float = 8.0, **changes: Any) -> Cluster:
+    """Ranks of one thread on one machine, 100 GFLOP/s each."""
+    cluster = Cluster(
+        devices=devices,
+        devices_per_node=devices,
+        memory_bytes_per_device=int(gibibytes * GIBI),
+        peak_flops=1e11,
+        link_bytes_per_second=2e9,
+        network_bytes_per_second=2e9,
+    )
+    return cluster.model_copy(update=changes)
 
 
 def new_journal(directory: Path, **changes: Any) -> Journal:

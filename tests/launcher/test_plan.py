@@ -15,22 +15,9 @@ from parallelism.accounting import calibration_flops, train_flops_per_token
 from parallelism.layout import Layout
 from parallelism.presets import resolve_model
 from parallelism.training import TrainingConfig
-from tests.launcher.made import spec_document
+from tests.launcher.made import cpus, spec_document
 
 VOCABULARY = 4096
-
-
-def cpus(devices: int = 2, gibibytes: float = 8.0, **changes: Any) -> Cluster:
-    """Ranks of one thread on one machine, 100 GFLOP/s each."""
-    cluster = Cluster(
-        devices=devices,
-        devices_per_node=devices,
-        memory_bytes_per_device=int(gibibytes * GIBI),
-        peak_flops=1e11,
-        link_bytes_per_second=2e9,
-        network_bytes_per_second=2e9,
-    )
-    return cluster.model_copy(update=changes)
 
 
 def job(model: dict[str, Any], **changes: Any) -> JobSpec:

@@ -18,8 +18,7 @@ from launcher.states import JobState
 from parallelism.accounting import train_flops_per_sequence
 from parallelism.layout import Layout
 from parallelism.memory import Companions, memory_by_stage
-from tests.launcher.made import spec_document
-from tests.launcher.test_plan import cpus
+from tests.launcher.made import cpus, spec_document
 
 VOCABULARY, LENGTH = 4096, 256
 MIDDLE = {"layers": 8, "hidden": 512, "heads": 8}

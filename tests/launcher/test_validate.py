@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster import GIBI, Cluster
+from launcher.cluster import Cluster
 from launcher.problems import Problem, SpecError
 from launcher.spec import parse_spec
 from launcher.validate import check
+from tests.launcher.made import cpus
 
 TEXT = "def square(number):\n    return number * number\n\n\n" * 400
 
@@ -25,17 +26,6 @@ GOOD: dict[str, Any] = {
     "compression": {"quantize": {"methods": ["rtn"], "bits": [8, 4], "group_size": 32}},
 }
 GOOD["data"]["sequence_length"] = 64
-
-
-def cluster(devices: int = 4, gibibytes: float = 4.0) -> Cluster:
-    return Cluster(
-        devices=devices,
-        devices_per_node=devices,
-        memory_bytes_per_device=int(gibibytes * GIBI),
-        peak_flops=1e11,
-        link_bytes_per_second=2e9,
-        network_bytes_per_second=2e9,
-    )
 
 
 def changed(tmp_path: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -67,12 +57,12 @@ def replaced(value: Any, names: dict[str, str]) -> Any:
 def problems(document: Any, home: Path, machine: Cluster | None = None) -> list[Problem]:
     """Everything that reading and checking the document brings up."""
     with pytest.raises(SpecError) as caught:
-        check(parse_spec(document), machine or cluster(), home)
+        check(parse_spec(document), machine or cpus(4, 4.0), home)
     return caught.value.problems
 
 
 def test_the_sound_spec_is_sound(tmp_path: Path) -> None:
-    plan = check(parse_spec(changed(tmp_path, {})), cluster(), tmp_path / "home")
+    plan = check(parse_spec(changed(tmp_path, {})), cpus(4, 4.0), tmp_path / "home")
     assert [candidate.name for candidate in plan.candidates] == ["small", "large"]
     assert plan.variants == 6
     assert not (tmp_path / "home").exists()
@@ -512,7 +502,7 @@ def test_a_recipe_is_complained_of_once_for_each_model(tmp_path: Path) -> None:
 def test_a_size_is_not_judged_by_a_vocabulary_that_nobody_knows(tmp_path: Path) -> None:
     document = changed(tmp_path, {"compression.quantize.target_bytes": [300_000]})
     document["candidates"].pop()
-    check(parse_spec(document), cluster(), tmp_path / "home")
+    check(parse_spec(document), cpus(4, 4.0), tmp_path / "home")
     document["data"]["tokenizer"] = {"kind": "file", "path": str(tmp_path / "tokenizer.json")}
     (problem,) = problems(document, tmp_path / "home")
     assert problem.field == "data.tokenizer.path"
@@ -540,7 +530,7 @@ def test_an_optimizers_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytes
     """It lies on the disk of the home here, which holds the rest of the job as well."""
     layout, home = NVME | {"offload_dir": str(tmp_path / "swap")}, tmp_path / "home"
     document = changed(tmp_path, {"candidates.0.layout": layout, "candidates.1.layout": layout})
-    plan = check(parse_spec(document), cluster(), home)
+    plan = check(parse_spec(document), cpus(4, 4.0), home)
     sizes = [candidate.offload_bytes for candidate in plan.candidates]
     assert sizes == [28 * candidate.parameters for candidate in plan.candidates]
     enough_for_one = int((plan.disk_bytes + max(sizes)) / 0.95) + 1000
@@ -548,7 +538,7 @@ def test_an_optimizers_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytes
     found = problems(document, home)
     assert [problem.field for problem in found] == [f"candidates.{place}.layout.offload_dir" for place in (0, 1)]
     assert all("of which the rest of the job takes" in problem.message for problem in found)
-    check(parse_spec(document), cluster(devices=1), home)  # one after the other, each has it for itself
+    check(parse_spec(document), cpus(1, 4.0), home)  # one after the other, each has it for itself
     assert not (tmp_path / "swap").exists()
 
 
@@ -565,7 +555,7 @@ def test_a_home_that_is_a_file(tmp_path: Path) -> None:
 
 def test_memory_decides_with_the_cluster(tmp_path: Path) -> None:
     document = changed(tmp_path, {"candidates.1.model": {"preset": "gpt2-medium"}})
-    assert check(parse_spec(document), cluster(4, 4.0), tmp_path / "home").candidates[1].layout.world_size > 1
-    (problem,) = problems(document, tmp_path / "home", cluster(1, 1.5))
+    assert check(parse_spec(document), cpus(4, 4.0), tmp_path / "home").candidates[1].layout.world_size > 1
+    (problem,) = problems(document, tmp_path / "home", cpus(1, 1.5))
     assert problem.field == "candidates.1.model"
     assert "such devices" in problem.message

@@ -1,6 +1,5 @@
 """Engine deepspeed against the megatron engine on one rank, and its checkpoints."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from parallelism.engines import limits
 from parallelism.layout import Layout
 from parallelism.training import TrainingConfig, TrainTask
+from tests.parallelism.resuming import continue_from, save_after, stop_and_resume
 from tests.parallelism.small_gpt import make_engine, micro_batches, small_task, train
 from tests.ranks import run_ranks
 
@@ -99,36 +99,6 @@ def test_losses_and_norms_in_bfloat16_are_near_those_of_one_process(
     assert found_validation == pytest.approx(validation, abs=LAST_STEP_BF16)
 
 
-def digest(engine: Any) -> str:
-    """A fingerprint of everything this rank holds: weights, masters, moments."""
-    import torch
-
-    total = hashlib.sha256()
-    for piece in sorted(engine.sharded_state(), key=lambda piece: (piece.key, piece.global_offset)):
-        total.update(f"{piece.key}{piece.global_offset}{tuple(piece.data.shape)}".encode())
-        total.update(piece.data.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def stop_and_resume(tasks: list[TrainTask], directory: Path) -> list[dict[str, Any]]:
-    """Two steps, checkpoint, two steps; then the same from the checkpoint in an engine with another seed."""
-    from parallelism import checkpoint
-    from parallelism.budget import Progress
-
-    results = []
-    for index, task in enumerate(tasks):
-        engine = make_engine(task)
-        train(engine, task, 0, 2)
-        checkpoint.save(engine, Progress(step=2), directory / str(index))
-        expected = train(engine, task, 2, 4)
-        weights = digest(engine)
-        engine = make_engine(task.model_copy(update={"seed": task.seed + 1}))
-        progress = checkpoint.load(engine, directory / str(index))
-        found = train(engine, task, progress.step, 4)
-        results.append({"expected": expected, "found": found, "same_state": digest(engine) == weights})
-    return results
-
-
 def resumed_layouts(precision: str) -> dict[str, TrainTask]:
     uneven, even = {**UNEVEN, "dropout": 0.1}, {"dropout": 0.1}
     training = {"precision": precision}
@@ -148,32 +118,10 @@ def resumed_layouts(precision: str) -> dict[str, TrainTask]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(precision: str, tmp_path: Path) -> None:
     tasks = resumed_layouts(precision)
-    for results in run_ranks(stop_and_resume, 2, list(tasks.values()), tmp_path):
+    for results in run_ranks(stop_and_resume, 2, list(tasks.values()), 2, tmp_path):
         for case, result in zip(tasks, results, strict=True):
             assert result["found"] == result["expected"], case
             assert result["same_state"], case
-
-
-def save_after(task: TrainTask, step: int, end: int, directory: Path) -> list[float]:
-    """Losses of all steps until ``end``, with a checkpoint at ``step``."""
-    from parallelism import checkpoint
-    from parallelism.budget import Progress
-
-    engine = make_engine(task)
-    losses, _ = train(engine, task, 0, step)
-    checkpoint.save(engine, Progress(step=step), directory)
-    return losses + train(engine, task, step, end)[0]
-
-
-def continue_from(tasks: list[TrainTask], directory: Path, end: int) -> list[list[float]]:
-    """Losses of the steps after the checkpoint, by engine."""
-    from parallelism import checkpoint
-
-    results = []
-    for task in tasks:
-        engine = make_engine(task)
-        results.append(train(engine, task, checkpoint.load(engine, directory).step, end)[0])
-    return results
 
 
 def test_deepspeed_continues_what_megatron_began(tmp_path: Path) -> None:

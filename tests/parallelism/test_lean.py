@@ -11,6 +11,7 @@ from parallelism.engines.lean import adamw_in_chunks
 from parallelism.engines.single_stage import CHUNK_ELEMENTS, square_sum
 from parallelism.layout import Layout
 from parallelism.training import TrainingConfig, TrainTask
+from tests.parallelism.resuming import continue_from, save_after, stop_and_resume
 from tests.parallelism.small_gpt import make_engine, micro_batches, small_task, train
 from tests.ranks import run_ranks
 
@@ -117,54 +118,12 @@ def test_it_learns_as_the_megatron_engine_does(one_rank: Any) -> None:
     assert lean["losses"][-1] < lean["losses"][0] - 0.5
 
 
-def stop_and_resume(tasks: list[TrainTask], directory: Path) -> list[dict[str, Any]]:
-    """Three steps, checkpoint, three steps; then the same from the checkpoint in an engine with another seed."""
-    from parallelism import checkpoint
-    from parallelism.budget import Progress
-
-    results = []
-    for index, task in enumerate(tasks):
-        engine = make_engine(task)
-        train(engine, task, 0, 3)
-        checkpoint.save(engine, Progress(step=3), directory / str(index))
-        expected = train(engine, task, 3, 6)
-        weights = [piece.data.clone() for piece in engine.sharded_state()]
-        engine = make_engine(task.model_copy(update={"seed": task.seed + 1}))
-        progress = checkpoint.load(engine, directory / str(index))
-        found = train(engine, task, progress.step, 6)
-        same = all(torch.equal(a, b.data) for a, b in zip(weights, engine.sharded_state(), strict=True))
-        results.append({"expected": expected, "found": found, "same_state": same})
-    return results
-
-
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
     tasks = [lean_task({"dropout": 0.1}, tensor=2), lean_task({"dropout": 0.1, "tied_embeddings": False}, data=2)]
-    for results in run_ranks(stop_and_resume, 2, tasks, tmp_path):
+    for results in run_ranks(stop_and_resume, 2, tasks, 3, tmp_path):
         for result in results:
             assert result["found"] == result["expected"]
             assert result["same_state"]
-
-
-def save_after(task: TrainTask, step: int, end: int, directory: Path) -> list[float]:
-    """Losses of all steps until ``end``, with a checkpoint at ``step``."""
-    from parallelism import checkpoint
-    from parallelism.budget import Progress
-
-    engine = make_engine(task)
-    losses, _ = train(engine, task, 0, step)
-    checkpoint.save(engine, Progress(step=step), directory)
-    return losses + train(engine, task, step, end)[0]
-
-
-def continue_from(tasks: list[TrainTask], directory: Path, end: int) -> list[list[float]]:
-    """Losses of the steps after the checkpoint, by task."""
-    from parallelism import checkpoint
-
-    results = []
-    for task in tasks:
-        engine = make_engine(task)
-        results.append(train(engine, task, checkpoint.load(engine, directory).step, end)[0])
-    return results
 
 
 def test_other_layouts_and_engines_continue_what_lean_began(tmp_path: Path) -> None:

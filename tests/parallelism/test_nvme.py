@@ -16,8 +16,8 @@ from torch.utils import cpp_extension
 
 from parallelism.engines import nvme
 from parallelism.training import TrainTask
+from tests.parallelism.resuming import digest
 from tests.parallelism.small_gpt import make_engine, small_task, train
-from tests.parallelism.test_deepspeed import digest
 from tests.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.timeout(1800)  # the first test that asks for the operator waits until it is compiled
