@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from parallelism.accounting import memory_per_rank
 from parallelism.budget import Budget
 from parallelism.layout import Layout
-from parallelism.memory import Companions
+from parallelism.memory import Companions, MemoryEstimate
 from parallelism.models.base import ModelConfig
 from parallelism.presets import resolve_model
 from parallelism.start import Rounding, StartPoint
@@ -61,8 +61,14 @@ class Case:
             teacher=str(teacher) if self.taught else None,
         )
 
-    def task(self, folder: Path) -> TrainTask:
-        """What every rank is given; a teacher's checkpoint is written below ``folder``."""
+    def estimate(self) -> MemoryEstimate:
+        """What the planner says of the rank that needs most."""
+        task = self.task(Path("unused"))
+        companions = Companions(task.model if self.taught else None, self.rounded) if task.start else None
+        return memory_per_rank(task.model, task.layout, task.training, task.sequence_length, "cpu", companions)
+
+    def task(self, teacher: Path) -> TrainTask:
+        """What every rank is given; ``teacher`` is where a teacher's checkpoint lies."""
         training = TrainingConfig(
             global_batch=self.micro_batch * self.micro_batches * self.layout.data,
             micro_batch=self.micro_batch,
@@ -70,13 +76,10 @@ class Case:
             precision=self.precision,
             recompute=self.recompute,
         )
-        model, teacher = resolve_model(self.model, context=self.sequence_length), folder / "teacher"
-        if self.taught:
-            write_teacher(model, teacher)
         return TrainTask(
             name=self.name,
             seed=1,
-            model=model,
+            model=resolve_model(self.model, context=self.sequence_length),
             start=self.start(teacher),
             layout=self.layout,
             training=training,
@@ -150,10 +153,11 @@ def main() -> None:
 
 def measure(case: Case) -> dict[str, Any]:
     """The largest rank's peak beside the estimate."""
+    estimate = case.estimate()
     with tempfile.TemporaryDirectory() as folder:
-        task = case.task(Path(folder))
-        companions = Companions(task.model if case.taught else None, case.rounded) if task.start else None
-        estimate = memory_per_rank(task.model, task.layout, task.training, task.sequence_length, "cpu", companions)
+        task = case.task(Path(folder) / "teacher")
+        if case.taught:
+            write_teacher(task.model, Path(folder) / "teacher")
         ranks = run(task, case)
     measured = max(rank["peak"] for rank in ranks)
     return {
