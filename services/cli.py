@@ -21,8 +21,9 @@ from launcher.spec import load_spec
 from launcher.states import FINAL, JobState
 from launcher.tracking import EXIT_DONE, default_uri, page_url
 from services import operator_commands, service_commands, tables
+from services.demonstration import demo_job
 from services.dryrun import DryRunError, dry_run
-from services.foreground import run_in_foreground
+from services.foreground import Work, run_in_foreground
 from services.lookup import ask_service, look, with_service_rows
 from services.presets import preset_rows
 from services.progress import display_for
@@ -84,8 +85,8 @@ def options(
 @app.command()
 def demo(home: HomeOption = DEFAULT_HOME, tracking: TrackingOption = None, as_json: JsonOption = False) -> None:
     """Train, compress and compare three small models; a few minutes on two cores."""
-    request = make_request(load_spec(DEMO), home_at(home))
-    _work(submit(request, home_at(home)), home_at(home), tracking, as_json, job_file=None)
+    with demo_job(load_spec(DEMO), home_at(home).path, tracking, stderr) as (journal, work):
+        _work(journal, home_at(home), work, as_json, job_file=None)
 
 
 @app.command()
@@ -107,7 +108,7 @@ def run(
         journal = submit(make_request(load_spec(job_file), home_at(home)), home_at(home))
     else:
         raise ValueError("name a job file, or a job with --continue")
-    _work(journal, home_at(home), tracking, as_json, job_file)
+    _work(journal, home_at(home), _supervised(journal, home_at(home), tracking), as_json, job_file)
 
 
 @app.command()
@@ -131,7 +132,8 @@ def compress(
     """Compress a model that exists: every recipe, and every pair of a pruning and a quantisation. No training."""
     asked = Grid(prune or [], sparsity or [], quantize or [], bits or [], group_size)
     spec = compression_job(source, text or [STANDARD_TEXT], sequence_length, asked)
-    _work(submit(make_request(spec, home_at(home)), home_at(home)), home_at(home), tracking, as_json, job_file=None)
+    journal = submit(make_request(spec, home_at(home)), home_at(home))
+    _work(journal, home_at(home), _supervised(journal, home_at(home), tracking), as_json, job_file=None)
 
 
 @app.command()
@@ -290,17 +292,21 @@ def gc(
     stdout.print(f"{tables.sized(total)} {'would be' if dry else 'were'} freed")
 
 
-def _work(journal: Journal, home: Home, tracking: str | None, as_json: bool, job_file: Path | None) -> None:
-    """Run a job in the foreground until it rests, show what it brought, and exit as it ended."""
-    spec, job_id = journal.spec(), journal.job_id
-    stderr.print(f"job {job_id} in {journal.directory}")
+def _supervised(journal: Journal, home: Home, tracking: str | None) -> Work:
+    """A job that this process keeps going by itself."""
+    job_id = journal.job_id
+    return Work(lambda: run_job(home, job_id, tracking=tracking), lambda: stop_job(home, job_id))
+
+
+def _work(journal: Journal, home: Home, work: Work, as_json: bool, job_file: Path | None) -> None:
+    """Show a job in the foreground until it rests, then what it brought, and exit as it ended."""
+    spec = journal.spec()
+    stderr.print(f"job {journal.job_id} in {journal.directory}")
     names = [candidate.name for candidate in spec.trained]
     variants = len(spec.candidates) * len(grid(spec.compression))
+    display = display_for(stderr, names, variants=variants)
     interrupted = run_in_foreground(
-        Journal(journal.directory),
-        supervise=lambda: run_job(home, job_id, tracking=tracking),
-        stop_hard=lambda: stop_job(home, job_id),
-        display=display_for(stderr, names, variants=variants),
+        Journal(journal.directory), work.supervise, work.stop_hard, display, pause=work.pause
     )
     result = result_document(journal)
     if as_json:

@@ -120,7 +120,7 @@ class Embedded:
         self.say(f"API         {self.url}")
         self.say(f"dispatcher  process {self._pid('dispatcher')}, {self.settings.devices} devices")
         self.say("Ray         a cluster of its own for each job, on 127.0.0.1")
-        if self.settings.mlflow is None:
+        if self.settings.mlflow is None and self.settings.mlflow_url:
             port = int(str(self.settings.mlflow_url).rpartition(":")[2])
             command = mlflow_command(self.settings.home, port)
             self._add(Part("MLflow", command, self.settings.home / "mlflow" / "server.log", mlflow_environment()))
@@ -143,6 +143,7 @@ class Embedded:
         for name in ("dispatcher", "API", "MLflow"):
             if name in self.parts:
                 self.parts[name].end(signal.SIGTERM, 20.0)
+        self.parts.clear()
         (self.folder / PLACE).unlink(missing_ok=True)
 
     def _add(self, part: Part) -> None:
@@ -184,7 +185,7 @@ class Embedded:
         (self.folder / PLACE).write_text(json.dumps(place), encoding="utf-8")
 
 
-def prepare(settings: Settings, port: int | None) -> Settings:
+def prepare(settings: Settings, port: int | None, serve_mlflow: bool = True) -> Settings:
     """Bring the store up to date, choose ports. Raises :class:`ServiceError` for what must not be served."""
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
@@ -197,16 +198,16 @@ def prepare(settings: Settings, port: int | None) -> Settings:
             " espalier keys create NAME --role admin"
         )
     update: dict[str, Any] = {"port": choose_port(port, settings.port or USUAL_PORT)}
-    if settings.mlflow is None:
+    if settings.mlflow is None and serve_mlflow:
         update["mlflow_url"] = f"http://{HOST}:{choose_port(None)}"
-    elif settings.mlflow.startswith("http"):
+    elif settings.mlflow is not None and settings.mlflow.startswith("http"):
         update["mlflow_url"] = settings.mlflow_url or settings.mlflow
     return settings.model_copy(update=update)
 
 
 @contextmanager
-def embedded(settings: Settings, port: int | None, say: Say) -> Iterator[Embedded]:
-    """A service inside the block; at its end running jobs have written their checkpoints. One for each home.
+def embedded(settings: Settings, port: int | None, say: Say, serve_mlflow: bool = True) -> Iterator[Embedded]:
+    """A service inside the block; at its end its processes have, too. One for each home.
 
     Raises :class:`ServiceError`.
     """
@@ -216,10 +217,13 @@ def embedded(settings: Settings, port: int | None, say: Say) -> Iterator[Embedde
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServiceError(f"a service is up on {settings.home} already") from None
-        service = Embedded(prepare(settings, port), say)
+        service = Embedded(prepare(settings, port, serve_mlflow), say)
         say(f"store       {shown(service.settings.database_url)}")
         service.start()
-        yield service
+        try:
+            yield service
+        finally:
+            service.stop()
 
 
 def bring_up(settings: Settings, port: int | None, say: Say) -> None:

@@ -23,7 +23,7 @@ from services.api.context import Service, service_of
 from services.api.documents import JobDocument, JobPage, JobWithSpec, ResumeRequest
 from services.api.problems import FieldError, Refusal, responses
 from services.api.views import etag, job_document, job_with_spec, links, read_cursor, write_cursor
-from services.store.jobs import Filter, NewJob, Wish
+from services.store.jobs import Filter, NewJob, Wish, refuse_wish
 from services.store.records import FORGOTTEN
 from services.store.tables import JobRow
 from services.submission import Request as CheckedJob
@@ -202,6 +202,7 @@ def resume(
 def _other_layouts(service: Service, who: Principal, job_id: str, given: dict[str, dict[str, Any]]) -> Wish:
     """The wish to go on at other layouts, checked as at submission. Raises ``SpecError`` by field of the request."""
     row = service.jobs.get(job_id, who.sees, whole=True)
+    refuse_wish(JobState(row.state), row.desired, "run")
     spec = JobSpec.model_validate(row.spec)
     trained = [candidate.name for candidate in spec.trained]
     layouts: dict[str, Layout] = {}

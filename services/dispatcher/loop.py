@@ -75,7 +75,7 @@ class Dispatcher:
             time.sleep(self._settings.poll_seconds)
         if end == "stop":
             self._stop_all()
-        self._stand_by()
+        self._stand_by(patience_seconds=60.0 if end == "stop" else 5.0)
         self._threads.shutdown()
         self._leader.close()
         self._database.close()
@@ -98,13 +98,13 @@ class Dispatcher:
         if self._settings.mlflow != NO_TRACKING:
             self._feeders = Feeders(self._home, self._settings.mlflow)
 
-    def _stand_by(self) -> None:
+    def _stand_by(self, patience_seconds: float = 5.0) -> None:
         """Nothing is remembered of the time as leader: others may have acted since."""
         if self._deliveries is None:
             return
         self._deliveries.close()
         if self._feeders:
-            self._feeders.close(5.0)
+            self._feeders.close(patience_seconds)
         self._deliveries = self._feeders = None
         self._watched.clear()
         self._written.clear()

@@ -1,7 +1,9 @@
 """Every command in the README and the docs is one that exists, and those that end quickly are run as they stand."""
 
+import ast
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from typer.main import get_command
 
 from launcher.spec import load_spec
 from services.cli import app
-from tests.services.conftest import ROOT, RUN_SECONDS, FinishedJob, espalier
+from services.client import Client
+from tests.services.conftest import ROOT, RUN_SECONDS, Done, FinishedJob, espalier
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
 
@@ -48,9 +51,7 @@ LINES = documented()
 
 
 def test_there_are_documented_commands_for_everything_a_user_does() -> None:
-    assert {"run", "plan", "frontier", "show", "list", "presets", "ui", "track", "gc", "demo"} <= {
-        line.words[1] for line in LINES
-    }
+    assert set(get_command(app).commands) == {line.words[1] for line in LINES}
 
 
 @pytest.mark.parametrize("line", LINES, ids=str)
@@ -98,3 +99,37 @@ def test_example_can_be_planned(path: Path, tmp_path: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+SERVICE_PAGE = ROOT / "docs" / "use-the-service.md"
+ADDRESS = "http://127.0.0.1:8700"
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", SERVICE_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+CURLS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("curl")]
+
+
+@pytest.mark.parametrize("line", CURLS)
+def test_documented_request_is_answered(line: str, done: Done, tmp_path: Path) -> None:
+    """Those that read are sent as they stand; those that change something meet a job that is over, and are refused."""
+    words = shlex.split(line.replace(ADDRESS, done.service.url).replace("/JOB", f"/{done.job}"))
+    words = [f"@{ROOT / word[1:]}" if word.startswith("@") else word for word in words]
+    if "--data-binary" in words:
+        words[-1] = words[-1].replace("/v1/jobs", "/v1/plan")
+    ended = subprocess.run([*words, "-w", "\n%{http_code}"], capture_output=True, timeout=60, cwd=tmp_path, check=True)
+    status = ended.stdout.decode(errors="replace").rpartition("\n")[2]
+    assert status == ("409" if "POST" in words else "200"), ended.stdout[-500:]
+
+
+def test_documented_python_uses_what_the_client_has() -> None:
+    for block in blocks("python"):
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(block))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "client"
+        }
+        assert used
+        assert used <= set(dir(Client))
