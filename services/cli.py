@@ -18,13 +18,14 @@ from launcher.journal import Journal, StaleEpochError
 from launcher.problems import SpecError
 from launcher.result import result_document
 from launcher.spec import load_spec
-from launcher.states import FINAL, JobState
+from launcher.states import JobState
 from launcher.tracking import EXIT_DONE, default_uri, page_url
 from services import operator_commands, service_commands, tables
 from services.demonstration import demo_job
 from services.dryrun import DryRunError, dry_run
 from services.foreground import Work, run_in_foreground
 from services.lookup import ask_service, look, with_service_rows
+from services.outcome import first_lines, say_how_it_ended, show_result
 from services.presets import preset_rows
 from services.progress import display_for
 from services.submission import (
@@ -207,7 +208,7 @@ def show(job: JobArgument, url: UrlOption = None, home: HomeOption = DEFAULT_HOM
     stdout.print(f"[bold]{result['job']}[/]: {result['state']}, attempt {result['attempts']}{place}")
     if seen.waiting:
         stdout.print(f"waiting: {seen.waiting}", markup=False)
-    _show_result(seen.journal, result)
+    show_result(seen.journal, result)
     if processes:
         stdout.print(tables.processes_table(processes))
 
@@ -312,37 +313,10 @@ def _work(journal: Journal, home: Home, work: Work, as_json: bool, job_file: Pat
     if as_json:
         print_json(result)
     else:
-        _show_result(journal, result)
-    _say_how_it_ended(result, job_file, home)
+        show_result(journal, result)
+    say_how_it_ended(result, job_file, home)
     if result["state"] != JobState.SUCCEEDED:
         raise typer.Exit(EXIT_INTERRUPTED if interrupted else EXIT_FAILED)
-
-
-def _show_result(journal: Journal | None, result: dict[str, Any]) -> None:
-    stdout.print(tables.candidates_table(result))
-    variants = tables.marked_variants(result)
-    if variants:
-        stdout.print("", tables.frontier_table(variants), "", sep="\n")
-    if journal is None:
-        return
-    for label, path in (("figure", journal.report_dir / "frontier.png"), ("exports", journal.exports_dir)):
-        if path.exists():
-            stdout.print(f"{label}: {path}")
-    if result["mlflow_url"]:
-        place = journal.document("tracking/mlflow") or {}
-        served = str(place.get("uri", "")).startswith("http")
-        stdout.print(f"MLflow: {result['mlflow_url']}{'' if served else '  (served by: espalier ui)'}")
-
-
-def _say_how_it_ended(result: dict[str, Any], job_file: Path | None, home: Home) -> None:
-    state = JobState(result["state"])
-    if result["error"]:
-        stderr.print(f"[red]job {result['job']} {state}:[/] {_first_lines(result['error'])}")
-    if state not in FINAL:
-        words = ["espalier", "run", *([str(job_file)] if job_file else []), "--continue", result["job"]]
-        if home != home_at(DEFAULT_HOME):
-            words += ["--home", str(home.path)]
-        stderr.print(f"the job is {state}; continue it with: {' '.join(words)}")
 
 
 def _ask(job: str, url: str | None, home: Path, desired: Literal["pause", "cancel"]) -> None:
@@ -370,14 +344,10 @@ def _job_row(journal: Journal) -> dict[str, Any]:
     }
 
 
-def _first_lines(text: str, count: int = 2) -> str:
-    return "\n".join(text.strip().splitlines()[:count])
-
-
 def report(error: Exception, as_json: bool) -> int:
     """Tell a user's error in a few lines, or as JSON; returns the exit code."""
     problems = error.problems if isinstance(error, SpecError) else []
-    lines = [str(problem) for problem in problems] or [_first_lines(str(error))]
+    lines = [str(problem) for problem in problems] or [first_lines(str(error))]
     if as_json:
         fields = [{"field": one.field, "value": one.value, "message": one.message} for one in problems]
         print_json({"error": lines[0], "problems": fields})
