@@ -46,9 +46,10 @@ def make_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.state.meters = system.Meters(service)
-    problems.install(app)
-    for room in (jobs, events, logs, artifacts, measures, system, pages):
+    rooms = (jobs, events, logs, artifacts, measures, system, pages)
+    for room in rooms:
         app.include_router(room.router)
+    problems.install(app, [route for room in rooms for route in room.router.routes])
     app.add_middleware(BodyLimit, limit=settings.body_bytes)
     app.add_middleware(system.Measured, meters=app.state.meters)
     app.add_middleware(Headers)

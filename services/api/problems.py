@@ -1,7 +1,7 @@
 """What goes wrong, as problem documents (RFC 9457); a refused field is named by a JSON pointer (RFC 6901)."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
 
 from launcher.problems import Problem, SpecError, shorten
 from services.store.jobs import Conflict, KeyReused, QuotaExceeded, UnknownJob, VersionChanged
@@ -74,8 +75,8 @@ def of_problem(problem: Problem) -> FieldError:
     return FieldError(pointer=pointer(problem.field), detail=problem.message[:LONGEST_DETAIL])
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error with a problem document."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Answer every error with a problem document; ``routes``: all that the app answers."""
 
     def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
@@ -95,7 +96,10 @@ def install(app: FastAPI) -> None:
 
     def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return answer(request, error.status_code, str(error.detail), headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request, routes))
+        return answer(request, error.status_code, str(error.detail), headers=headers)
 
     def busy(request: Request, error: Exception) -> Response:
         log.error("the store does not answer: %s", str(error).partition("\n")[0])
@@ -128,6 +132,12 @@ def _with_status(status: int) -> Any:
         return answer(request, status, str(error), headers={"Retry-After": "60"} if status == 429 else None)
 
     return handler
+
+
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
+    """What any route answers at this path: the framework names the methods of the first one only."""
+    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting if isinstance(route, Route) for method in route.methods or ()})
 
 
 def answer(

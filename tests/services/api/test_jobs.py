@@ -149,6 +149,11 @@ def test_what_is_not_there_and_not_allowed_is_a_problem_document(api: Api) -> No
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM), path
 
 
+def test_a_wrong_method_is_told_the_right_ones(api: Api) -> None:
+    assert api.http.put("/v1/jobs").headers["allow"] == "GET, POST"
+    assert api.http.put("/v1/jobs/none").headers["allow"] == "DELETE, GET"
+
+
 def test_states_decide_what_may_be_asked(api: Api) -> None:
     job = api.submit()
     assert api.http.delete(f"/v1/jobs/{job}").status_code == 409
