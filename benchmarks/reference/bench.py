@@ -133,10 +133,10 @@ def follows(row: Mapping[str, float], order: Sequence[str]) -> bool:
 def table(perplexity: Mapping[int, Mapping[str, float]]) -> str:
     """Mean, least and largest over the seeds."""
     names = ("dense", *dict.fromkeys(name for order in ORDERS for name in order))
-    lines = [f"{'recipe':15} {'mean':>9} {'least':>9} {'largest':>9}   perplexity over {len(perplexity)} seeds"]
+    lines = [f"{'recipe':18} {'mean':>9} {'least':>9} {'largest':>9}   perplexity over {len(perplexity)} seeds"]
     for name in names:
         values = [row[name] for row in perplexity.values()]
-        lines.append(f"{name:15} {statistics.mean(values):9.3f} {min(values):9.3f} {max(values):9.3f}")
+        lines.append(f"{name:18} {statistics.mean(values):9.3f} {min(values):9.3f} {max(values):9.3f}")
     return "\n".join(lines)
 
 
