@@ -3,13 +3,13 @@
 import hashlib
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from launcher.jobs import free_disk_bytes
 from launcher.problems import Problem, SpecError, of_validation
@@ -77,7 +77,7 @@ async def submit(
     row = await run_in_threadpool(_submit, service_of(request), who, document, idempotency_key, priority)
     base = base_url(request)
     headers = {"Location": links(row.id, base).self, "ETag": etag(row)}
-    return JSONResponse(job_document(row, base).model_dump(mode="json"), 202, headers=headers)
+    return _document(job_document(row, base), 202, headers)
 
 
 def _submit(service: Service, who: Principal, document: object, key: str | None, priority: int) -> JobRow:
@@ -138,19 +138,21 @@ def list_jobs(
     owner: Annotated[str | None, Query(max_length=200, description="for admins: whose jobs")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=100, description="`next` of the part before")] = None,
-) -> JobPage:
+) -> Response:
     """One part of the list; ``next`` leads to the following one."""
     seen_owner = who.sees or owner
     if owner is not None and who.sees not in (None, owner):
-        return JobPage(jobs=[], next=None)
+        return _document(JobPage(jobs=[], next=None))
     before = read_cursor(cursor) if cursor is not None else None
     which = Filter(seen_owner, tuple(one.value for one in state or ()), name)
     rows = service_of(request).jobs.page(which, limit + 1, before)
     base = base_url(request)
     more = len(rows) > limit
-    return JobPage(
-        jobs=[job_document(row, base) for row in rows[:limit]],
-        next=write_cursor(rows[limit - 1].sequence) if more else None,
+    return _document(
+        JobPage(
+            jobs=[job_document(row, base) for row in rows[:limit]],
+            next=write_cursor(rows[limit - 1].sequence) if more else None,
+        )
     )
 
 
@@ -166,7 +168,7 @@ def show(request: Request, who: Reader, job_id: JobId, if_none_match: IfNoneMatc
     headers = {"ETag": etag(row), "Cache-Control": "no-cache"}
     if if_none_match is not None and etag(row) in [one.strip().removeprefix("W/") for one in if_none_match.split(",")]:
         return Response(status_code=304, headers=headers)
-    return JSONResponse(job_with_spec(row, base_url(request)).model_dump(mode="json"), headers=headers)
+    return _document(job_with_spec(row, base_url(request)), headers=headers)
 
 
 ASKED: dict[str, Any] = {
@@ -223,8 +225,12 @@ def _other_layouts(service: Service, who: Principal, job_id: str, given: dict[st
 
 def _ask(request: Request, who: Principal, job_id: str, wish: Wish, if_match: str | None) -> Response:
     row = service_of(request).jobs.ask(job_id, who.sees, wish, version_of(if_match))
-    document = job_document(row, base_url(request))
-    return JSONResponse(document.model_dump(mode="json"), 202, headers={"ETag": etag(row)})
+    return _document(job_document(row, base_url(request)), 202, {"ETag": etag(row)})
+
+
+def _document(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A document that was checked when it was made: the framework would check and copy it once more."""
+    return Response(model.model_dump_json(), status, headers=headers, media_type="application/json")
 
 
 @router.delete(

@@ -21,6 +21,7 @@ class JobRow(Base):
     __table_args__ = (
         UniqueConstraint("owner", "idempotency_key"),
         Index("jobs_by_owner", "owner", "sequence"),
+        Index("jobs_by_name", "name", "sequence"),
         Index("jobs_by_state", "state", "sequence"),
         Index("jobs_by_owner_and_state", "owner", "state", "sequence"),
         Index("jobs_by_owner_and_name", "owner", "name", "sequence"),

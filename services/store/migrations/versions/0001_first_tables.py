@@ -51,6 +51,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_jobs_key_id"), ["key_id"], unique=False)
+        batch_op.create_index("jobs_by_name", ["name", "sequence"], unique=False)
         batch_op.create_index("jobs_by_owner", ["owner", "sequence"], unique=False)
         batch_op.create_index("jobs_by_owner_and_name", ["owner", "name", "sequence"], unique=False)
         batch_op.create_index("jobs_by_owner_and_state", ["owner", "state", "sequence"], unique=False)
