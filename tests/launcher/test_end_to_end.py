@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -18,47 +17,17 @@ from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.spec import JobSpec
 from launcher.states import JobState
+from tests.finished import BATCH, LENGTH, STEPS, FinishedJob, small_job
 from tests.launcher.faults import Fault, FaultPlan
 from tests.launcher.fingerprint import fingerprint
 from tests.launcher.leftovers import left_behind
 
-STEPS, BATCH, LENGTH = 30, 8, 32
-SMALL = {"name": "small", "model": {"family": "gpt", "layers": 1, "hidden": 32, "heads": 2}}
-LARGE = {"name": "large", "model": {"family": "gpt", "layers": 2, "hidden": 64, "heads": 2}, "layout": {"tensor": 2}}
-WORDS = ["tree", "branch", "leaf", "espalier", "frame", "garden", "prune", "grow", "wall", "fruit"]
+Document = dict[str, Any]
 
 
-def _spec(text: Path, candidates: list[dict[str, Any]], **changes: Any) -> JobSpec:
-    text.mkdir(exist_ok=True)
-    for number in range(30):
-        chooser = random.Random(number)
-        (text / f"{number:02d}.txt").write_text(" ".join(chooser.choice(WORDS) for _ in range(300)))
-    training = {"global_batch": BATCH, "micro_batch": 4}
-    document = {
-        "name": "tiny",
-        "seed": 7,
-        "data": {
-            "train": [str(text / "*.txt")],
-            "validation": 0.1,
-            "tokenizer": {"kind": "bytes"},
-            "sequence_length": LENGTH,
-        },
-        "budget": {"tokens": STEPS * BATCH * LENGTH + 100},
-        "candidates": [candidate | {"training": training} for candidate in candidates],
-        "evaluation": {"tokens": 1024},
-        "execution": {"devices": 2, "checkpoint_every": {"steps": 5}},
-    }
-    return JobSpec.model_validate(document | changes)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Journal:
-    """The large candidate alone, trained in peace."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    home = Home(folder / "home")
-    journal = create_job(_spec(folder / "text", [LARGE], export={"variants": "none"}), home)
-    assert run_job(home, journal.job_id) is JobState.SUCCEEDED
-    return journal
+def _spec(folder: Path, changes: Document) -> JobSpec:
+    """The small job with some parts replaced."""
+    return JobSpec.model_validate(small_job(folder / "text") | changes)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +35,8 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     """The whole line; a rank is killed in training, and the coordinator when the first variant has been measured."""
     folder = tmp_path_factory.mktemp("disturbed")
     home = Home(folder / "home")
-    compression = {
-        "prune": {"methods": ["magnitude"], "sparsity": [0.5]},
-        "quantize": {"methods": ["rtn"], "bits": [4], "group_size": 32},
-    }
-    journal = create_job(_spec(folder / "text", [SMALL, LARGE], compression=compression), home)
+    execution = {"devices": 2, "checkpoint_every": {"steps": 5}}
+    journal = create_job(_spec(folder, {"execution": execution}), home)
     states: list[JobState] = []
     thread = threading.Thread(target=lambda: states.append(run_job(home, journal.job_id)), daemon=True)
     thread.start()
@@ -103,7 +69,10 @@ def stormy(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     folder = tmp_path_factory.mktemp("stormy")
     home = Home(folder / "home")
     execution = {"devices": 2, "checkpoint_every": {"steps": 5}, "max_restarts": 2}
-    journal = create_job(_spec(folder / "text", [LARGE], export={"variants": "none"}, execution=execution), home)
+    changes = {"compression": {}, "export": {"variants": "none"}, "execution": execution}
+    spec = _spec(folder, changes)
+    large = [candidate for candidate in spec.candidates if candidate.name == "large"]
+    journal = create_job(spec.model_copy(update={"candidates": large}), home)
     FaultPlan(journal.directory, FAULTS, pace_seconds=0.1).write()
     assert run_job(home, journal.job_id, LocalBackend("tests.launcher.faulty_coordinator")) is JobState.SUCCEEDED
     return journal
@@ -121,19 +90,23 @@ def _until(condition: Callable[[], object], seconds: float = 240.0) -> None:
         time.sleep(0.02)
 
 
-def _candidate(journal: Journal, name: str) -> dict[str, Any]:
-    return next(row for row in result_document(journal)["candidates"] if row["name"] == name)
+def _candidate(result: Document, name: str) -> Document:
+    return next(row for row in result["candidates"] if row["name"] == name)
+
+
+def _assert_trained_alike(row: Document, calm: Document) -> None:
+    for name in ("steps", "tokens", "flops", "train_loss", "validation_loss"):
+        assert row[name] == calm[name], name
 
 
 @pytest.mark.timeout(600)
-def test_kills_leave_the_weights_as_they_were_bit_for_bit(undisturbed: Journal, disturbed: Journal) -> None:
-    calm, stormy = _candidate(undisturbed, "large"), _candidate(disturbed, "large")
-    expected = fingerprint(calm["checkpoint"])
+def test_kills_leave_the_weights_as_they_were_bit_for_bit(finished: FinishedJob, disturbed: Journal) -> None:
+    calm, stormy = _candidate(finished.result, "large"), _candidate(result_document(disturbed), "large")
+    expected = finished.fingerprints["large"]
     assert len(expected) > 30
     assert any(key.startswith("optimizer.state.exp_avg_sq") for key in expected)
     assert fingerprint(stormy["checkpoint"]) == expected
-    for name in ("steps", "tokens", "flops", "train_loss", "validation_loss"):
-        assert stormy[name] == calm[name], name
+    _assert_trained_alike(stormy, calm)
     assert calm["restarts"] == 0
     assert stormy["restarts"] == 1
     (restart,) = disturbed.view().candidate("large").restarts
@@ -144,13 +117,12 @@ def test_kills_leave_the_weights_as_they_were_bit_for_bit(undisturbed: Journal, 
 
 @pytest.mark.timeout(600)
 def test_kills_at_every_point_of_a_checkpoint_change_nothing_but_the_bill(
-    undisturbed: Journal, stormy: Journal
+    finished: FinishedJob, stormy: Journal
 ) -> None:
     assert FaultPlan.read(stormy.directory).struck() == sorted(fault.name for fault in FAULTS)
-    calm, stormy_row = _candidate(undisturbed, "large"), _candidate(stormy, "large")
-    assert fingerprint(stormy_row["checkpoint"]) == fingerprint(calm["checkpoint"])
-    for name in ("steps", "tokens", "flops", "train_loss", "validation_loss"):
-        assert stormy_row[name] == calm[name], name
+    row = _candidate(result_document(stormy), "large")
+    assert fingerprint(row["checkpoint"]) == finished.fingerprints["large"]
+    _assert_trained_alike(row, _candidate(finished.result, "large"))
     view = stormy.view().candidate("large")
     assert [restart["reason"] for restart in view.restarts] == ["rank died"] * 4
     assert view.restarts[2]["from_step"] == 15  # what has no manifest counts for nothing
@@ -160,14 +132,14 @@ def test_kills_at_every_point_of_a_checkpoint_change_nothing_but_the_bill(
     assert [gang.epoch for gang in view.gangs] == [1] * 5 + [stormy.view().epoch]
     assert [gang.ended for gang in view.gangs] == ["rank died"] * 4 + ["budget"] * 2
     assert view.gangs[-1].resumed_step == STEPS
-    assert stormy_row["device_seconds"] > stormy_row["lost_device_seconds"]
+    assert row["device_seconds"] > row["lost_device_seconds"]
     assert left_behind(stormy) == []
 
 
 @pytest.mark.timeout(600)
 def test_the_budget_is_spent_to_the_last_whole_step(disturbed: Journal) -> None:
     for name in ("small", "large"):
-        candidate = _candidate(disturbed, name)
+        candidate = _candidate(result_document(disturbed), name)
         assert (candidate["steps"], candidate["tokens"]) == (STEPS, STEPS * BATCH * LENGTH)
         assert candidate["train_loss"] < 5.0
 
@@ -192,7 +164,7 @@ def test_the_result_document_holds_every_variant_with_its_frontier_and_files(dis
     json.dumps(document, allow_nan=False)
     assert document["state"] == "succeeded"
     variants = {row["name"]: row for row in document["variants"]}
-    recipes = ("dense", "magnitude-s50", "rtn-w4g32")
+    recipes = ("dense", "magnitude-s50", "rtn-w4g16")
     assert set(variants) == {f"{candidate}/{recipe}" for candidate in ("small", "large") for recipe in recipes}
     for name, row in variants.items():
         assert Path(row["path"]).stat().st_size == row["bytes"], name
@@ -206,9 +178,9 @@ def test_the_result_document_holds_every_variant_with_its_frontier_and_files(dis
     for candidate in ("small", "large"):
         dense = variants[f"{candidate}/dense"]
         assert dense["bits_per_parameter"] == pytest.approx(16.0, rel=0.1)
-        assert variants[f"{candidate}/rtn-w4g32"]["bytes"] < 0.5 * dense["bytes"]
+        assert variants[f"{candidate}/rtn-w4g16"]["bytes"] < 0.5 * dense["bytes"]
         # The dense variant is the trained model in bf16, measured on the same text as in training.
-        trained = _candidate(disturbed, candidate)["validation_loss"]
+        trained = _candidate(document, candidate)["validation_loss"]
         assert dense["metrics"]["validation_loss"] == pytest.approx(trained, abs=0.02)
     verified = disturbed.stage("verify").outputs["verifications"]
     assert len(verified) == sum(row["on_frontier"] for row in variants.values())
@@ -217,10 +189,10 @@ def test_the_result_document_holds_every_variant_with_its_frontier_and_files(dis
 
 
 @pytest.mark.timeout(600)
-def test_every_process_is_in_the_journal_and_gone(undisturbed: Journal, disturbed: Journal) -> None:
+def test_every_process_is_in_the_journal_and_gone(finished: FinishedJob, disturbed: Journal) -> None:
     started = [event for event in disturbed.events() if event["kind"] == "process_started"]
     assert {event["role"] for event in started} == {"coordinator", "ray", "rank", "worker"}
     ranks = [(event["candidate"], event["gang"], event["rank"]) for event in started if event["role"] == "rank"]
     assert sorted(rank for candidate, gang, rank in ranks if (candidate, gang) == ("large", 2)) == [0, 1]
     assert left_behind(disturbed) == []
-    assert left_behind(undisturbed) == []
+    assert left_behind(finished.journal) == []

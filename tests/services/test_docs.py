@@ -14,7 +14,9 @@ from typer.main import get_command
 from launcher.spec import load_spec
 from services.cli import app
 from services.client import Client
-from tests.services.conftest import ROOT, RUN_SECONDS, Done, FinishedJob, espalier
+from tests.finished import RUN_SECONDS, FinishedJob, espalier
+from tests.services.conftest import Done
+from tests.services.running import ROOT
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from services.client import ServiceError
-from tests.services.conftest import RUN_SECONDS, Done, espalier
+from tests.finished import RUN_SECONDS, espalier
+from tests.services.conftest import Done
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)
 

@@ -25,8 +25,7 @@ from services.store.database import Database, StoreError
 from services.store.jobs import Account, Filter, JobStore, NewJob, UnknownJob, Wish
 from services.store.tables import JobRow
 from tests.launcher.made import spec_document
-from tests.services.conftest import ROOT
-from tests.services.running import until
+from tests.services.running import ROOT, until
 from tests.services.stores import new_database
 
 SECONDS = 90.0

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import RUN_SECONDS, Done
+from tests.finished import RUN_SECONDS
+from tests.services.conftest import Done
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = os.environ.get("ESPALIER_PICTURES")
