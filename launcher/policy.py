@@ -32,7 +32,7 @@ HOPELESS = frozenset({Cause.DIVERGED, Cause.USER_ERROR, Cause.FAULT})
 TEMPORARY_EXIT_CODE = 75
 """``EX_TEMPFAIL``, of a coordinator: Ray did not start, or has lost the node; trying again may succeed."""
 
-MOST_FRUITLESS, MOST_TEMPORARY = 3, 6
+MOST_FRUITLESS, MOST_TEMPORARY, MOST_KILLED = 3, 6, 10
 """How often in a row a coordinator may end before it gets anywhere."""
 
 FAULTS_OF_CODE = (
@@ -153,13 +153,15 @@ def after_coordinator_end(end: CoordinatorEnd, fruitless: int) -> Restart | Give
 
     Losing a coordinator does not count against the job, but one that dies again and again before it achieves
     anything (``fruitless`` times in a row so far) will not succeed the next time either. One that says so itself, as
-    Ray did not start, is given more time: the machine may be busy.
+    Ray did not start, is given more time: the machine may be busy. So is one that a signal ended, or of which nobody
+    knows how it ended: that says nothing about the job.
     """
     temporary = end.exit_code == TEMPORARY_EXIT_CODE
     if end.released:
         return None
     count = 0 if end.progressed else fruitless + 1
-    if count > (MOST_TEMPORARY if temporary else MOST_FRUITLESS):
+    killed = end.exit_code is None or end.exit_code < 0
+    if count > (MOST_TEMPORARY if temporary else MOST_KILLED if killed else MOST_FRUITLESS):
         return GiveUp(f"the coordinator died {count} times without getting anywhere (exit code {end.exit_code})")
     if temporary:
         return Restart(after_seconds=min(30.0, 5.0 * 2.0 ** max(0, count - 1)), consecutive=count)

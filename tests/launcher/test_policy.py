@@ -109,6 +109,9 @@ def test_coordinators_are_restarted_unless_they_ended_by_themselves_or_get_nowhe
     assert after_coordinator_end(CoordinatorEnd(-9, False, False), 0) == Restart(0.0, 1)
     assert after_coordinator_end(CoordinatorEnd(-9, False, False), 2) == Restart(2.0, 3)
     assert isinstance(after_coordinator_end(CoordinatorEnd(1, False, False), 3), GiveUp)
+    for unknown in (-9, None):  # a signal, or nobody's child
+        assert after_coordinator_end(CoordinatorEnd(unknown, False, False), 9) == Restart(30.0, 10)
+        assert isinstance(after_coordinator_end(CoordinatorEnd(unknown, False, False), 10), GiveUp)
     ends = [after_coordinator_end(CoordinatorEnd(TEMPORARY_EXIT_CODE, False, False), count) for count in range(7)]
     assert [end.after_seconds for end in ends[:6]] == [5.0, 10.0, 20.0, 30.0, 30.0, 30.0]
     assert ends[6] == GiveUp("the coordinator died 7 times without getting anywhere (exit code 75)")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from launcher.backends.base import Phase
-from launcher.policy import MOST_FRUITLESS
+from launcher.policy import MOST_KILLED
 from launcher.states import FINAL, JobState
 from services.dispatcher.policy import (
     SILENT_SECONDS,
@@ -70,11 +70,11 @@ def test_a_coordinator_that_has_died_is_replaced_until_that_is_hopeless() -> Non
     dead = Seen(JobState.RUNNING, 1, released=False, milestones=3, phase=Phase.ENDED, exit_code=-9)
     assert decide(intent(submitted=True, milestones_before=3, fruitless=0), dead) == Submit(NOW, 1)
     assert decide(intent(submitted=True, milestones_before=3, fruitless=2), dead) == Submit(NOW + 2.0, 3)
-    last = decide(intent(submitted=True, milestones_before=3, fruitless=MOST_FRUITLESS), dead)
+    last = decide(intent(submitted=True, milestones_before=3, fruitless=MOST_KILLED), dead)
     assert isinstance(last, Settle)
     assert last.state is JobState.FAILED
     # It got somewhere: the count begins anew.
-    assert decide(intent(submitted=True, milestones_before=2, fruitless=MOST_FRUITLESS), dead) == Submit(NOW, 0)
+    assert decide(intent(submitted=True, milestones_before=2, fruitless=MOST_KILLED), dead) == Submit(NOW, 0)
     assert decide(intent("cancel", submitted=True), dead) == Settle(JobState.CANCELLED, None)
     paused = decide(intent("pause", submitted=True), dead)
     assert isinstance(paused, Settle)
