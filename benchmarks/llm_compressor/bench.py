@@ -2,11 +2,11 @@
 
 The models are trained here by the product (the 5M one is the first of ``benchmarks/reference``), and exported as
 Hugging Face directories. Both sides calibrate on the same 64 x 256 tokens and are measured on the same held-out ones,
-each in processes of its own, one after the other, with the same threads. llm-compressor gets batches of eight
-sequences, which is faster than its default. Its virtual environment is made at ``--peer`` where there is none. Writes
-``../results/llm_compressor.json``; limits are those that the project has set itself.
+each in processes of its own, one after the other, with the same threads. ``--batch`` is the number of sequences that
+llm-compressor takes at once: 1 is its default, 8 is faster. Its virtual environment is made at ``--peer`` where there
+is none. Writes ``../results/llm_compressor.json``; limits are those that the project has set itself.
 
-    python benchmarks/llm_compressor/bench.py [--peer DIR] [--home DIR] [--threads 2] [MODEL ...]
+    python benchmarks/llm_compressor/bench.py [--batch 1] [--peer DIR] [--home DIR] [--threads 2] [MODEL ...]
 """
 
 import argparse
@@ -30,7 +30,7 @@ from parallelism.data.batches import TokenBatches
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "llm_compressor.json"
-LENGTH, CALIBRATION, HELD_OUT = 256, 64, 128
+LENGTH, CALIBRATION, HELD_OUT = 256, 64, 32
 SINGLE = "gptq-w4g64"
 
 
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--peer", type=Path, default=HERE.parents[1] / ".venv-llm-compressor")
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "espalier-reference")
+    parser.add_argument("--batch", type=int, default=1, help="of the peer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     peer = peer_python(arguments.peer)
@@ -81,8 +82,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             dense = prepare(name, arguments.home, work)
-            document[name] = {"threads": arguments.threads} | measure(work, peer, arguments.threads, dense)
-        print(table(name, document[name]), flush=True)
+            facts = {"threads": arguments.threads, "peer_batch": arguments.batch, "load_average": os.getloadavg()[0]}
+            row = facts | measure(work, peer, arguments.threads, arguments.batch, dense)
+        document[f"{name}, peer's batch {arguments.batch}"] = row
+        print(table(name, row), flush=True)
         RESULTS.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -118,7 +121,7 @@ def prepare(name: str, home: Path, work: Path) -> float:
     return float(variant["quality"]["value"])
 
 
-def measure(work: Path, peer: Path, threads: int, dense: float) -> dict[str, Any]:
+def measure(work: Path, peer: Path, threads: int, batch: int, dense: float) -> dict[str, Any]:
     """Both sides, ours around the peer's: alone, together and sequential before, alone and together after."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     files = (work, work / "recipes.json")
@@ -129,7 +132,7 @@ def measure(work: Path, peer: Path, threads: int, dense: float) -> dict[str, Any
         return json.loads(done.stdout)
 
     before = {mode: ours(mode) for mode in (SINGLE, "together", "sequential")}
-    command = [peer, HERE / "peer.py", *files]
+    command = [peer, HERE / "peer.py", *files, str(batch)]
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{")]
     after = {mode: ours(mode) for mode in (SINGLE, "together")}

@@ -3,7 +3,7 @@
 Every recipe is a call of ``oneshot`` on the model loaded anew, as its users do it; its seconds are those from before
 the model is loaded until it is compressed (importing, saving and evaluating are left out). A line of JSON per recipe.
 
-    python peer.py WORK RECIPES.json
+    python peer.py WORK RECIPES.json BATCH
 """
 
 import json
@@ -26,8 +26,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-BATCH = 8
-IGNORE = ["lm_head"]
+EVALUATED = 8
+"""Sequences at once, in evaluation."""
+IGNORE = ["re:.*lm_head"]
+"""By a pattern: pruning does not leave the output layer alone where it is given by its name."""
 DAMPING = 0.01
 
 
@@ -42,15 +44,15 @@ def main() -> None:
     for name, recipe in recipes.items():
         started = time.monotonic()
         model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
-        oneshot(model=model, dataset=batches(calibration), recipe=modifiers(recipe))
+        oneshot(model=model, dataset=batches(calibration, int(sys.argv[3])), recipe=modifiers(recipe))
         seconds = time.monotonic() - started
         print(json.dumps({"name": name, "seconds": seconds, "perplexity": perplexity(model, held_out)}), flush=True)
 
 
-def batches(tokens: torch.Tensor) -> DataLoader:
+def batches(tokens: torch.Tensor, size: int) -> DataLoader:
     """Calibration tokens [n, S] in batches."""
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
-    return DataLoader(rows, batch_size=BATCH)
+    return DataLoader(rows, batch_size=size)
 
 
 def modifiers(recipe: dict[str, Any]) -> list[Any]:
@@ -91,7 +93,7 @@ def weights(quantize: dict[str, Any]) -> dict[str, Any]:
 def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
     """Of held-out token ids [n, S + 1]."""
     loss = torch.zeros((), dtype=torch.float64)
-    for part in rows.split(BATCH):
+    for part in rows.split(EVALUATED):
         logits = model(part[:, :-1]).logits.float()
         loss += cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").double().sum()
     return math.exp(loss / rows[:, 1:].numel())
