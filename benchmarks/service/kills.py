@@ -1,8 +1,8 @@
 """The service under fire: SIGKILL of API, dispatcher and coordinators at random moments while jobs run.
 
 The jobs' coordinators are those of the tests (they need no cluster): what is looked at is who works on a job, from
-where, and how often. Every accepted job has to end ``succeeded``, no event of an older epoch may stand behind a newer one's
-beginning, each job's steps have to go on from a checkpoint, and nothing may be left behind. Exit code 1 otherwise.
+where, and how often. Every accepted job has to end ``succeeded``, no event of an older epoch may stand behind a newer
+one's beginning, each job's steps have to go on from a checkpoint, and nothing may be left. Exit code 1 otherwise.
 
     python benchmarks/service/kills.py [--jobs 20] [--kills 60] [--seed 1]
 """

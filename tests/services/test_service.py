@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.states import JobState
 from services.client import ServiceError
 from tests.finished import RUN_SECONDS, espalier
 from tests.services.conftest import Done
+from tests.services.running import tiny_job
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)
 
@@ -62,3 +64,30 @@ def test_command_line_shows_the_same(done: Done) -> None:
     assert watched.returncode == 0
     assert "small: trained, 100% of the budget" in watched.stderr
     assert "stages" not in espalier("logs", "last", *home, "-n", "5").stdout
+
+
+def test_a_paused_job_goes_on_at_another_layout(done: Done) -> None:
+    """Trained on one process, then tensor-parallel on two: no step is lost, and every token is spent once."""
+    steps = 400
+    spec = tiny_job(str(done.service.home.parent / "text" / "*.txt"), budget={"tokens": steps * 8 * 64})
+    spec |= {"execution": {"devices": 2}, "compression": {}, "export": {"variants": "none"}}
+    with done.service.client() as client:
+        job = client.submit(spec).id
+        for event in client.watch(job):
+            if event is not None and event["kind"] == "train.step":
+                client.pause(job)
+                break
+        paused = client.wait(job, RUN_SECONDS)
+        assert paused.state is JobState.PAUSED, client.log(job)
+        assert 0 < paused.candidates[0].step < steps
+        client.resume(job, {"small": {"tensor": 2}})
+        finished = client.wait(job, RUN_SECONDS)
+        assert finished.state is JobState.SUCCEEDED, client.log(job)
+        events = list(client.events(job))
+    assert finished.attempt == 2
+    gangs = [event for event in events if event["kind"] == "gang_started"]
+    assert [gang["world_size"] for gang in gangs] == [1, 2]
+    assert gangs[1]["resumed_step"] == paused.candidates[0].step
+    rows = [row["step"] for event in events if event["kind"] == "train.step" for row in event["steps"]]
+    assert rows == list(range(1, steps + 1))
+    assert finished.candidates[0].budget.spent == steps * 8 * 64
