@@ -14,7 +14,7 @@ def load() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_cuda() else "cpu")
     os.environ.setdefault("DS_BUILD_OPS", "0")
     os.environ.setdefault("LOCAL_RANK", str(device.device().index or 0))
-    # Else it runs `numactl` on CPUs, once for every bucket of gradients, to count devices; nothing here depends on that.
+    # Else it runs `numactl` on CPUs, once for every bucket of gradients, to count devices; nothing depends on that.
     os.environ.setdefault("LOCAL_SIZE", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed = importlib.import_module("deepspeed")
