@@ -126,7 +126,7 @@ class Embedded:
             self._add(Part("MLflow", command, self.settings.home / "mlflow" / "server.log", mlflow_environment()))
             self.say(f"MLflow      {self.settings.mlflow_url} (it takes a few seconds to answer)")
         elif self.settings.mlflow != NO_TRACKING:
-            self.say(f"MLflow      {self.settings.mlflow}")
+            self.say(f"MLflow      {self.settings.mlflow or 'fed, not served: espalier ui shows it'}")
 
     def tend(self) -> None:
         """Start what has died again."""
