@@ -89,7 +89,7 @@ def up(home: Path, *options: str) -> Iterator[Running]:
                 process.wait()
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 200.0) -> None:
     """Wait for something. Raises ``TimeoutError``."""
     deadline = time.monotonic() + seconds
     while not condition():
