@@ -16,7 +16,7 @@ os.environ.update(own_cluster())
 from launcher.session import OWN, Room, ray_session
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def room() -> Iterator[Room]:
     """Four devices of one thread; the machine may have fewer cores, which the toy ranks do not mind."""
     temp_dir = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))

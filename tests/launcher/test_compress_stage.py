@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -35,10 +35,11 @@ GRID = {
 Make = Callable[..., JobContext]
 
 
-@pytest.fixture
-def make(room: Room, tmp_path: Path) -> Make:
-    checkpoint = made.write_checkpoint(tmp_path / "checkpoint", CONFIG, made.weights(CONFIG), tensor=2)
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def make(room: Room, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    folder = tmp_path_factory.mktemp("jobs")
+    checkpoint = made.write_checkpoint(folder / "checkpoint", CONFIG, made.weights(CONFIG), tensor=2)
+    text = folder / "text.txt"
     text.write_text("\n".join(f"line {i} grows and is cut {i * i} times" for i in range(2000)))
 
     def one(name: str, **compression: Any) -> JobContext:
@@ -54,10 +55,24 @@ def make(room: Room, tmp_path: Path) -> Make:
             "candidates": [{"name": "given", "source": str(checkpoint)}],
             "compression": GRID | compression,
         }
-        journal = Journal(tmp_path / name).create(JobSpec.model_validate(document))
+        journal = Journal(folder / name).create(JobSpec.model_validate(document))
         return _context(journal, room)
 
     return one
+
+
+@dataclass(frozen=True)
+class Calm:
+    """The grid in peace."""
+
+    journal: Journal
+    checksums: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def calm(make: Make) -> Calm:
+    job = make("calm")
+    return Calm(job.journal, _run(job))
 
 
 def _context(journal: Journal, room: Room) -> JobContext:
@@ -96,10 +111,8 @@ def _kill_workers(job: JobContext, times: int, stop: threading.Event) -> list[in
 
 
 @pytest.mark.timeout(600)
-def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make) -> None:
-    calm = make("calm")
-    expected = _run(calm)
-    assert len(expected) == 1 + 1 + 1 + 4 + 2 * 4  # dense, layers, pruning, widths, every pair
+def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make, calm: Calm) -> None:
+    assert len(calm.checksums) == 1 + 1 + 1 + 4 + 2 * 4  # dense, layers, pruning, widths, every pair
     assert not (calm.journal.candidate_dir("given") / "statistics").exists()
     stormy, stop = make("stormy"), threading.Event()
     folder = stormy.journal.candidate_dir("given")
@@ -110,7 +123,7 @@ def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make) -> None:
     killer = threading.Thread(target=lambda: killed.extend(_kill_workers(stormy, 5, stop)))
     killer.start()
     try:
-        assert _run(stormy) == expected
+        assert _run(stormy) == calm.checksums
     finally:
         stop.set()
         killer.join()
@@ -123,7 +136,7 @@ def test_killed_workers_change_no_byte_and_cost_a_task_each(make: Make) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_second_attempt_does_not_compress_committed_layers_again(make: Make, room: Room) -> None:
+def test_a_second_attempt_does_not_compress_committed_layers_again(make: Make, room: Room, calm: Calm) -> None:
     first = make("first")
     prepare(first)
     plan(first)
@@ -152,13 +165,13 @@ def test_a_second_attempt_does_not_compress_committed_layers_again(make: Make, r
     journal = Journal(first.journal.directory)
     journal.set_desired("run")
     second = _context(journal, room)
-    _run(second)
+    assert _run(second) == calm.checksums
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
 @pytest.mark.timeout(600)
-def test_sequential_statistics_make_a_chain_of_every_recipe_that_needs_them(make: Make) -> None:
-    shared = _run(make("shared"))
+def test_sequential_statistics_make_a_chain_of_every_recipe_that_needs_them(make: Make, calm: Calm) -> None:
+    shared = calm.checksums
     chained = _run(make("chained", calibration={"sequences": 40, "statistics": "sequential"}))
     assert set(chained) == set(shared)
     same = {name for name in shared if shared[name] == chained[name]}
