@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import httpx2
 import psutil
+from sqlalchemy import text
 
 from launcher.states import JobState
 from services.settings import Settings
@@ -114,6 +115,8 @@ def measure(database_url: str, folder: Path, jobs: int, seconds: float) -> dict[
     database = Database(database_url)
     database.migrate()
     fill(database, jobs)
+    with database.write() as session:
+        session.execute(text("ANALYZE"))  # what a store that has grown slowly knows of itself
     database.close()
     settings = Settings(home=folder, port=choose_port(0), database=database_url)
     url = f"http://127.0.0.1:{settings.port}"
