@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-nvme lint bench clean
 
 install: $(STAMP)
 
@@ -25,7 +25,11 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not compiler"
+
+# The optimizer on a real disk; needs a C++ compiler and libaio's headers.
+test-nvme: $(STAMP)
+	$(BIN)/python -m pytest tests/parallelism/test_nvme.py -m compiler
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -66,6 +66,7 @@ def train_stop_and_resume(tasks: dict[str, TrainTask], directory: Path) -> dict[
     return results
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [(1, [("fp32", {})]), (2, [("fp32", {"data": 2}), ("bf16", {"data": 2}), ("fp32", {"tensor": 2})])],
@@ -87,6 +88,7 @@ def test_the_disk_gives_the_bits_that_memory_gives(
     assert list((tmp_path / "swap").iterdir()) == [], "what was swapped is removed with the process"
 
 
+@pytest.mark.compiler
 def test_a_full_disk_is_said_on_all_ranks(operator: None, tmp_path: Path) -> None:
     task = odd_task("nvme", tmp_path, "fp32", data=2)
     with pytest.raises(RankFailed, match=r"ValueError: layout\.offload_dir .*GiB are free.*layout\.offload: cpu"):
