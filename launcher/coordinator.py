@@ -17,13 +17,11 @@ from pathlib import Path
 from launcher.context import STOPPED, JobContext, Stage
 from launcher.control import Control, Stopped
 from launcher.journal import Journal, StaleEpochError
-from launcher.policy import TEMPORARY_EXIT_CODE
+from launcher.policy import EXIT_DONE, EXIT_FAILED, EXIT_STALE, EXIT_STOPPED, TEMPORARY_EXIT_CODE
 from launcher.session import OWN, RayStartError, Room, own_servers, ray_session
 from launcher.states import RESTING, JobState
 from launcher.system import NodeLostError, Nodes
 from launcher.workers import TRAIN
-
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE = 0, 1, 3, 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Options:
     devices: int | None = None
     ray_dir: Path | None = None
     keeper: int | None = None
+    nodes: int = 1
 
 
 def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = TRAIN) -> int:
@@ -47,7 +46,8 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
         journal.append("waiting", {"reason": "Ray to start" if options.address == OWN else f"Ray at {options.address}"})
-        with ray_session(options.address, options.devices, spec.execution.threads_per_rank, options.ray_dir) as room:
+        threads = spec.execution.threads_per_rank
+        with ray_session(options.address, options.devices, threads, options.ray_dir, options.nodes) as room:
             control.listen()  # Ray has put its own handlers in place
             _write_servers(journal, options.address)
             job = JobContext(journal, spec, room, control, Nodes(str(journal.directory)).collect, rank_function)
@@ -113,8 +113,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--devices", type=int, help="ranks the job may hold at once; default: what the cluster has")
     parser.add_argument("--ray-dir", type=Path, help="own cluster: its short temporary directory, removed at the end")
     parser.add_argument("--keeper", type=int, metavar="PID", help="checkpoint and end when this parent process is gone")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the cluster to wait for")
     given = parser.parse_args(arguments)
-    return Options(given.journal, given.address, given.devices, given.ray_dir, given.keeper)
+    return Options(given.journal, given.address, given.devices, given.ray_dir, given.keeper, given.nodes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,16 +12,23 @@ def own_cluster() -> dict[str, str]:
     Everything listens on 127.0.0.1, asks for a token that only this job knows, and reports nothing to anybody.
     """
     return {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
+        **shared_cluster(),
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Ray's name for "this cluster is one machine": all its servers bind the loopback interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "GLOO_SOCKET_IFNAME": loopback_interface(),
+    }
+
+
+def shared_cluster() -> dict[str, str]:
+    """Environment of a job's own cluster, on whichever machines; the token is given apart."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
         # Helpers of Ray that lose the head give up after seconds instead of a minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         # A node whose server is gone is missed after five seconds instead of fifteen; one that is only slow has 50 s.
         "RAY_health_check_period_ms": "1000",
-        "GLOO_SOCKET_IFNAME": loopback_interface(),
     }
 
 

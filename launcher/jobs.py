@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.backends.base import Backend, Handle, Phase, make_backend
+from launcher.backends.base import Backend, BackendStatus, Handle, Phase, make_backend
 from launcher.journal import Journal
 from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
 from launcher.processes import end_processes
@@ -19,6 +19,7 @@ from launcher.tracking import FeederProcess
 
 POLL_SECONDS = 0.3
 NO_TRACKING = "none"
+LOCAL = "local"
 
 
 class JobError(ValueError):
@@ -81,18 +82,20 @@ def run_job(
     *,
     tracking: str | None = NO_TRACKING,
     poll: Callable[[], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> JobState:
     """Have the job worked on until it rests, and return the state it rests in; a coordinator that dies is replaced.
 
     ``tracking`` is an MLflow server or store, None for the home's own, or :data:`NO_TRACKING`. ``poll`` is called a few
-    times a second. Raises :class:`JobError` for a job that somebody works on already, or that is final.
+    times a second, ``tell`` with the reason while the back-end has the job wait. Raises :class:`JobError` for a job that
+    somebody works on already, or that is final.
     """
     journal = find_job(home, job_id)
     _refuse_unless_free(journal)
     journal.set_desired("run")
     feeder = None if tracking == NO_TRACKING else FeederProcess(journal, home.root, tracking)
     try:
-        return Supervisor(journal, backend or make_backend(journal.spec().execution.backend)).run(poll)
+        return Supervisor(journal, backend or make_backend(journal.spec().execution.backend), tell).run(poll)
     finally:
         if feeder:
             feeder.close()
@@ -112,9 +115,11 @@ def _refuse_unless_free(journal: Journal) -> None:
 class Supervisor:
     """Keeps one job going on a back-end."""
 
-    def __init__(self, journal: Journal, backend: Backend) -> None:
+    def __init__(self, journal: Journal, backend: Backend, tell: Callable[[str], None] = lambda _: None) -> None:
+        """``tell`` is given the back-end's reason while it waits, whenever that changes."""
         self._journal = journal
         self._backend = backend
+        self._tell = tell
         self._fruitless = 0
 
     def run(self, poll: Callable[[], None] | None = None) -> JobState:
@@ -122,15 +127,17 @@ class Supervisor:
         while True:
             before = self._journal.view()
             epoch, milestones = before.epoch, before.milestones
-            handle = self._backend.submit(self._journal)
-            reason, exit_code = self._wait(handle, poll)
+            handle = self._backend.find(self._journal) or self._backend.submit(self._journal)
+            status = self._wait(handle, poll)
             view = self._journal.view()
             end_processes(view)
-            end = CoordinatorEnd(exit_code, view.epoch > epoch and view.released, view.milestones > milestones)
+            end = CoordinatorEnd(status.exit_code, view.epoch > epoch and view.released, view.milestones > milestones)
+            if status.final and view.state not in FINAL and self._journal.desired() == "run":
+                return rest_job(self._journal, JobState.FAILED, f"{status.reason}: continue it when that is put right")
             if end.released:
                 return view.state
             if self._journal.desired() != "run":
-                return self._settle(reason)
+                return self._settle(status.reason)
             decision = after_coordinator_end(end, self._fruitless)
             assert decision is not None
             if isinstance(decision, GiveUp):
@@ -139,12 +146,18 @@ class Supervisor:
             self._fruitless = decision.consecutive
             time.sleep(decision.after_seconds)
 
-    def _wait(self, handle: Handle, poll: Callable[[], None] | None) -> tuple[str, int | None]:
+    def _wait(self, handle: Handle, poll: Callable[[], None] | None) -> BackendStatus:
+        told = ""
         while (status := self._backend.status(handle)).phase is not Phase.ENDED:
+            if status.phase is Phase.WAITING and status.reason != told:
+                told = status.reason
+                self._tell(told)
+            if status.phase is Phase.WAITING and self._journal.desired() != "run":
+                self._backend.stop(handle, 0.0)  # nothing of it runs that could write checkpoints
             if poll:
                 poll()
             time.sleep(POLL_SECONDS)
-        return status.reason, status.exit_code
+        return status
 
     def _settle(self, reason: str) -> JobState:
         """The coordinator was ended by force after somebody had asked it to stop."""
@@ -168,9 +181,15 @@ def rest_job(journal: Journal, state: JobState, error: str | None) -> JobState:
 
 
 def stop_job(home: Home, job_id: str, *, cancel: bool = False) -> None:
-    """End the job's processes on this machine at once, without a checkpoint; the last checkpoints stay."""
+    """End the job's processes at once, without a checkpoint; the last checkpoints stay."""
     journal = find_job(home, job_id)
     journal.set_desired("cancel" if cancel else "pause")
+    name = journal.spec().execution.backend
+    if name != LOCAL:  # processes of this machine are known by the journal
+        backend = make_backend(name)
+        handle = backend.find(journal)
+        if handle:
+            backend.stop(handle, 0.0)
     end_processes(journal.view(), include_coordinator=True)
 
 

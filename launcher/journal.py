@@ -8,7 +8,7 @@ This is the only code that knows paths inside the directory::
     data/                                             prepared tokens
     candidates/NAME/checkpoints/e0001-g01/…           one folder per process group, so that a dead one disturbs nobody
     candidates/NAME/layers/…  candidates/NAME/variants/…
-    exports/  report/  logs/  tracking/
+    exports/  report/  logs/  tracking/  cluster/
 """
 
 import errno
@@ -248,6 +248,11 @@ class Journal:
     def logs_dir(self) -> Path:
         """Output of every process of the job."""
         return self.directory / "logs"
+
+    @property
+    def cluster_dir(self) -> Path:
+        """What a back-end keeps of the job: the script it submitted, the token of its Ray cluster, requests to stop."""
+        return self.directory / "cluster"
 
     @property
     def tracking_dir(self) -> Path:

@@ -29,6 +29,9 @@ UNCOUNTED = frozenset({Cause.NODE_LOST, Cause.PREEMPTED, Cause.COORDINATOR_LOST}
 HOPELESS = frozenset({Cause.DIVERGED, Cause.USER_ERROR, Cause.FAULT})
 """Ends that the next try would meet again."""
 
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_STALE = 0, 1, 3, 4
+"""Of a coordinator: its job has succeeded, has failed, was asked to stop, or belongs to a newer attempt."""
+
 TEMPORARY_EXIT_CODE = 75
 """``EX_TEMPFAIL``, of a coordinator: Ray did not start, or has lost the node; trying again may succeed."""
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,17 +43,20 @@ class Room:
 
 
 @contextmanager
-def ray_session(address: str, devices: int | None, threads: int, temp_dir: Path | None) -> Iterator[Room]:
+def ray_session(
+    address: str, devices: int | None, threads: int, temp_dir: Path | None, nodes: int = 1
+) -> Iterator[Room]:
     """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs.
 
-    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores. Raises
-    :class:`RayStartError`.
+    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores. What the cluster
+    offers is measured once it has as many ``nodes``. Raises :class:`RayStartError`.
     """
     with _Start(START_SECONDS):
         if address == OWN:
             _start_own((devices or default_devices(threads)) * threads, temp_dir)
         else:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
+            _await_nodes(nodes)
     try:
         yield measure_room(threads, devices)
     finally:
@@ -66,6 +70,12 @@ def measure_room(threads: int, most_devices: int | None) -> Room:
     found = gpus or int(resources.get("CPU", 0)) // threads
     devices = found if most_devices is None else min(found, most_devices)
     return Room(devices=devices, threads=threads, gpus=gpus > 0, cores=physical_cores())
+
+
+def _await_nodes(nodes: int) -> None:
+    """Nodes of one allocation come up at different times; :class:`_Start` bounds the wait."""
+    while sum(node["Alive"] for node in ray.nodes()) < nodes:
+        time.sleep(0.2)
 
 
 def physical_cores() -> int:

@@ -20,6 +20,7 @@ from pydantic import (
 from compression.config import CompressionConfig
 from compression.harness import HarnessConfig
 from compression.results import ExportFormat
+from launcher.backends.slurm_options import SlurmOptions
 from launcher.problems import Problem, SpecError, of_validation, of_yaml
 from parallelism.budget import Budget
 from parallelism.data.config import DataConfig
@@ -81,6 +82,7 @@ class ExecutionConfig(Options):
     max_restarts: NonNegativeInt = Field(default=3, description="consecutive restarts without a new checkpoint")
     checkpoint_every: CheckpointPolicy = CheckpointPolicy(seconds=60)
     price_per_device_hour: NonNegativeFloat = 0.0
+    slurm: SlurmOptions | None = Field(default=None, description="what the back-end slurm asks for")
     stall_seconds: float = Field(
         default=600.0, gt=0, description="a gang without progress for this long is treated as dead"
     )

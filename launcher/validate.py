@@ -11,6 +11,7 @@ from compression.errors import RecipeError
 from compression.recipe import grid
 from launcher.backends.base import BACKENDS
 from launcher.cluster import Cluster
+from launcher.clusters import placement_problems
 from launcher.layouts import gib
 from launcher.plan import CandidatePlan, Plan, candidate_model, make_plan
 from launcher.problems import Problem, SpecError
@@ -27,12 +28,11 @@ __all__ = ["Problem", "SpecError", "check", "vocabulary_size"]
 BYTE_VOCABULARY = 257
 """256 bytes and the end of a document."""
 FREE_DISK_SHARE = 0.95
-PROFILES = ("default",)
 
 
 def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
     """The job's plan. Raises :class:`launcher.problems.SpecError` with all problems; writes nothing."""
-    problems = [*_execution_problems(spec, cluster), *_home_problems(home), *_harness_problems(spec)]
+    problems = [*_execution_problems(spec, cluster, home), *_home_problems(home), *_harness_problems(spec)]
     problems += [_recipe_problem(error) for error in grid_problems(spec.compression)]
     facts, vocab_size = _read_data(spec, problems)
     models = _models(spec, vocab_size, problems)
@@ -125,12 +125,11 @@ def _at_place(problem: Problem, places: list[int]) -> Problem:
     return Problem(f"{first}.{places[int(place)]}.{rest}", problem.value, problem.what, problem.remedy)
 
 
-def _execution_problems(spec: JobSpec, cluster: Cluster) -> Iterator[Problem]:
+def _execution_problems(spec: JobSpec, cluster: Cluster, home: Path) -> Iterator[Problem]:
     execution = spec.execution
     if execution.backend not in BACKENDS:
         yield Problem("execution.backend", execution.backend, "unknown back-end", remedy(execution.backend, BACKENDS))
-    if execution.profile not in PROFILES:
-        yield Problem("execution.profile", execution.profile, "unknown profile", remedy(execution.profile, PROFILES))
+    yield from placement_problems(spec, home)
     if execution.devices and execution.devices > cluster.devices:
         what = f"the cluster has {cluster.devices} devices"
         yield Problem("execution.devices", execution.devices, what, f"use {cluster.devices} or fewer, or leave it out")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import Cluster, h100_cluster, local_cluster
+from launcher.cluster import Cluster, h100_cluster
+from launcher.clusters import cluster_of
 from launcher.jobs import Home, create_job
 from launcher.journal import Journal
 from launcher.plan import Plan, make_plan
@@ -65,9 +66,9 @@ class Request:
 
 
 def make_request(spec: JobSpec, home: Home) -> Request:
-    """Check a spec against this machine and the files it names. Raises ``SpecError`` with all problems."""
+    """Check a spec against where it is to run and the files it names. Raises ``SpecError`` with all problems."""
     spec = with_source_tokenizer(spec)
-    return Request(spec, check(spec, local_cluster(spec), home.path))
+    return Request(spec, check(spec, cluster_of(spec, home.root), home.path))
 
 
 def plan_elsewhere(spec: JobSpec, cluster: Cluster) -> Plan:

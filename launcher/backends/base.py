@@ -22,19 +22,29 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """``reason``: in the back-end's own words, why it waits or how it ended. ``exit_code``: where one is known."""
+    """``reason``: in the back-end's own words, why it waits or how it ended. ``exit_code``: where one is known.
+
+    ``since``: when it began to run (again), in seconds since 1970; 0 where the back-end does not say. ``final``: it ended
+    in a way after which nobody should try again by himself, because somebody withdrew it, or memory was too small.
+    """
 
     phase: Phase
     reason: str = ""
     exit_code: int | None = None
+    since: float = 0.0
+    final: bool = False
 
 
 Handle = dict[str, Any]
 """What identifies a submission; JSON-able, so that another process can ask for it later."""
 
 
+class BackendUnavailable(OSError):
+    """The back-end does not answer: asking again may help."""
+
+
 class Backend(Protocol):
-    """Where a job's Ray cluster comes from."""
+    """Where a job's Ray cluster comes from. All but ``logs`` may raise :class:`BackendUnavailable`."""
 
     def submit(self, journal: Journal) -> Handle:
         """Start one coordinator for the job. Raises ``ValueError`` where the back-end refuses."""
@@ -54,6 +64,8 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Entry] = {
     "local": Entry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend"),
+    "ray": Entry("launcher.profiles:RayProfile", "launcher.backends.ray:RayBackend"),
+    "slurm": Entry("launcher.backends.slurm_options:SlurmOptions", "launcher.backends.slurm:SlurmBackend"),
 }
 
 

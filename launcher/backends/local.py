@@ -46,7 +46,7 @@ class LocalBackend:
         with open(journal.log_path("coordinator"), "ab") as log:
             child = subprocess.Popen(
                 command,
-                cwd=_working_directory(journal),
+                cwd=working_directory(journal),
                 env={**os.environ, **own_cluster(), "PYTHONPATH": python_path()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -115,7 +115,7 @@ def _short_temp_dir() -> str:
     return found if len(os.fsencode(found)) <= LONGEST_TEMP_DIR else "/tmp"
 
 
-def _working_directory(journal: Journal) -> str:
+def working_directory(journal: Journal) -> str:
     """Relative paths of a spec start where it was submitted, as long as that folder exists."""
     folder = journal.facts()["working_directory"]
     return folder if os.path.isdir(folder) else str(journal.directory)

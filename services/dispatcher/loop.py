@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from launcher.backends.base import Backend, BackendStatus, Phase, make_backend
+from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Phase, make_backend
 from launcher.backends.local import LocalBackend
 from launcher.jobs import NO_TRACKING, Home, rest_job
 from launcher.processes import end_processes
@@ -151,11 +151,13 @@ class Dispatcher:
 
     def _decide(self, row: JobRow, lease: Lease) -> Action:
         watched = self._watch(row)
-        if row.handle == {}:
+        if row.handle == {} and time.time() >= row.not_before:
             self._find_again(row, watched, lease)
         # The back-end first: what a coordinator that has ended had to say is in the journal then.
         status = self._backend(watched).status(row.handle) if row.handle else None
         seen = self._observe(row, watched, lease)
+        if status and status.phase is Phase.WAITING and row.waiting != status.reason:
+            self._jobs.explain({row.id: status.reason}, lease)
         if watched.journal.desired() != row.desired:
             hand_over(watched.journal, row)
         return next_action(_intent(row), _seen(watched, seen, status), time.time(), self._settings.grace_seconds)
@@ -169,7 +171,10 @@ class Dispatcher:
 
     def _find_again(self, row: JobRow, watched: Watched, lease: Lease) -> None:
         """A dispatcher that was killed may have submitted and not written it down."""
-        row.handle = self._backend(watched).find(watched.journal) or {}
+        try:
+            row.handle = self._backend(watched).find(watched.journal) or {}
+        except BackendUnavailable:
+            return  # the submission that follows tells it
         if row.handle:
             self._jobs.note(row.id, lease, handle=row.handle)
 
@@ -228,7 +233,18 @@ class Dispatcher:
     def _submit(self, row: JobRow, watched: Watched, lease: Lease) -> None:
         backend = self._backend(watched)
         hand_over(watched.journal, row)
-        handle = backend.find(watched.journal) or backend.submit(watched.journal)
+        try:
+            handle = backend.find(watched.journal) or backend.submit(watched.journal)
+        except BackendUnavailable as error:
+            log.warning("job %s: %s", row.id, error)
+            self._jobs.note(row.id, lease, not_before=time.time() + RESTING_POLL_SECONDS)
+            self._jobs.explain({row.id: str(error)}, lease)
+            return
+        except ValueError as error:
+            log.warning("job %s: its back-end refuses: %s", row.id, error)
+            rest_job(watched.journal, JobState.FAILED, str(error))
+            self._jobs.note(row.id, lease, handle=None)
+            return
         try:
             self._jobs.note(row.id, lease, handle=handle, dispatched=time.time(), waiting=None, fed=False)
         except LeaseLost:
@@ -346,8 +362,9 @@ def _seen(watched: Watched, seen: Observation, status: BackendStatus | None) -> 
         view.epoch,
         view.released,
         view.milestones,
-        view.last_time,
+        max(view.last_time, status.since if status else 0.0),
         phase,
         status.exit_code if status else None,
         status.reason if status else "",
+        status.final if status else False,
     )

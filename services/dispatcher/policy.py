@@ -37,9 +37,12 @@ class Seen:
     released: bool = True
     milestones: int = 0
     last_time: float = 0.0
+    """When it last gave a sign: the journal's last event, or the start of a submission that had to wait."""
     phase: Phase | None = None
     exit_code: int | None = None
     reason: str = ""
+    final: bool = False
+    """The submission ended in a way after which it is not tried again (:class:`launcher.backends.base.BackendStatus`)."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def next_action(intent: Intent, seen: Seen, now: float, grace_seconds: float) ->
 
 
 def _of_submitted(intent: Intent, seen: Seen, now: float, grace_seconds: float) -> Action:
-    if seen.phase not in (Phase.ENDED, None):
+    if seen.phase is Phase.WAITING:
+        # Nothing of it runs, so there is nothing to wait for.
+        return Nothing() if intent.desired == "run" else HardStop(f"it waits, and is asked to {intent.desired}")
+    if seen.phase is Phase.RUNNING:
         if intent.desired != "run" and now > intent.desired_at + grace_seconds:
             return HardStop(f"it did not {intent.desired} within {grace_seconds:g} s")
         if seen.epoch > intent.epoch_before and now > seen.last_time + SILENT_SECONDS:
@@ -106,6 +112,8 @@ def _of_submitted(intent: Intent, seen: Seen, now: float, grace_seconds: float) 
         return Nothing()
     if seen.phase is None:  # decided, but not carried out
         return Submit(intent.not_before, intent.fruitless) if intent.desired == "run" else Released()
+    if seen.final and intent.desired == "run" and seen.state not in FINAL:
+        return Settle(JobState.FAILED, f"{seen.reason}: continue it when that is put right")
     if seen.epoch > intent.epoch_before and seen.released:
         return Released()
     if intent.desired == "cancel":

@@ -1,0 +1,106 @@
+"""What the operator says of the clusters that jobs may run on: ``profiles.yaml`` in the home. Torch-free.
+
+A job only names a profile. Whatever lets a submission run code or reach hosts (images, mounts, further lines, addresses,
+tokens) stands here, where no job can write.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from launcher.journal import Journal
+from launcher.problems import Problem, SpecError, of_validation
+from parallelism.options import Options
+
+FILE = "profiles.yaml"
+DEFAULT = "default"
+
+
+class Gpu(Options):
+    """The GPUs of a cluster, for the planner."""
+
+    name: str = Field(description="as nvidia-smi has it: NVIDIA H100 80GB HBM3")
+    memory_gib: PositiveFloat
+    host_memory_gib: PositiveFloat = Field(default=64.0, description="of the node's memory, for what is offloaded")
+
+
+class Container(Options):
+    """A container for every process of the job, through the pyxis plugin of Slurm."""
+
+    image: str
+    mounts: list[str] = Field(default=[], description="SOURCE:TARGET[:ro]; the home has to be among them")
+
+
+class SlurmProfile(Options):
+    """What a batch script holds besides what its job asks for."""
+
+    python: str | None = Field(default=None, description="on the nodes; default: the one that submits")
+    container: Container | None = None
+    modules: list[str] = Field(default=[], description="loaded before anything runs")
+    directives: list[str] = Field(default=[], description="further options of sbatch: --exclusive")
+    lines: list[str] = Field(default=[], description="further lines of shell, before anything runs")
+    environment: dict[str, str] = Field(default={}, description="no secrets: the script can be read")
+    pass_environment: list[str] = Field(default=[], description="variables taken over from whoever submits")
+    partitions: list[str] | None = Field(default=None, description="those that jobs may name; None: any")
+    gpu: Gpu | None = None
+    memory_gib_per_node: PositiveFloat | None = None
+
+    @field_validator("directives", "lines", "modules")
+    @classmethod
+    def _one_line_each(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if "\n" in value:
+                raise ValueError("one line each: write a list")
+        return values
+
+
+class RayProfile(Options):
+    """A Ray cluster that exists, and what it is made of."""
+
+    address: str = Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", description="of its Jobs API: http://HEAD:8265")
+    token_file: Path | None = Field(default=None, description="holds the token, where the cluster asks for one")
+    python: str = "python"
+    environment: dict[str, str] = {}
+    nodes: PositiveInt = 1
+    cpus_per_node: PositiveInt = 1
+    gpus_per_node: int = Field(default=0, ge=0)
+    gpu: Gpu | None = None
+    memory_gib_per_node: PositiveFloat | None = None
+
+
+class Profile(Options):
+    """One place where jobs may run, as each back-end that goes there needs to know it."""
+
+    slurm: SlurmProfile = SlurmProfile()
+    ray: RayProfile | None = None
+
+
+def load_profiles(home: Path) -> dict[str, Profile]:
+    """Name → profile; ``default`` is always there. Raises ``SpecError`` for a file that cannot be used."""
+    path = home / FILE
+    document: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(document, dict):
+        raise SpecError([Problem("", str(path), "not a mapping", "write it as {NAME: {slurm: ..., ray: ...}}")])
+    profiles = {DEFAULT: Profile()}
+    for name, part in document.items():
+        try:
+            profiles[str(name)] = Profile.model_validate(part or {})
+        except ValidationError as error:
+            problems = [problem.below(str(name)) for problem in of_validation(error, Profile)]
+            raise SpecError([Problem(p.field, p.value, f"{p.what} (in {path})", p.remedy) for p in problems]) from error
+    return profiles
+
+
+def home_of(journal: Journal) -> Path:
+    """The home that a job's journal lies in."""
+    return journal.directory.parent.parent
+
+
+def profile_named(home: Path, name: str) -> Profile:
+    """The profile of that name. Raises ``ValueError`` with those there are."""
+    profiles = load_profiles(home)
+    if name not in profiles:
+        raise ValueError(f"execution.profile {name!r} is unknown: {home / FILE} has {', '.join(sorted(profiles))}")
+    return profiles[name]
