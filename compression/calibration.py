@@ -136,8 +136,9 @@ class Gathered:
         flat = inputs.flatten(0, -2).float()
         sums = self.sums.setdefault(name, _Sums.zeros(flat.shape[1], flat.device))
         sums.hessian.addmm_(flat.t(), flat)
-        sums.absolute += flat.abs().sum(0)
-        sums.absmax = torch.maximum(sums.absmax, flat.abs().amax(0))
+        sizes = flat.abs()
+        sums.absolute += sizes.sum(0)
+        sums.absmax = torch.maximum(sums.absmax, sizes.amax(0))
         sums.rows += flat.shape[0]
 
     def compare(self, before: Tensor, after: Tensor) -> None:

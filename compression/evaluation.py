@@ -23,8 +23,8 @@ from parallelism.models.base import ModelConfig, Observer
 
 HIDDEN_BYTES = 512 << 20
 """Hidden states that are carried between layers, all variants together."""
-WORKING_BYTES = 128 << 20
-"""Activations inside one layer, or logits."""
+WORKING_BYTES = 32 << 20
+"""Activations inside one layer, or logits: few enough to lie in a CPU's cache in good part."""
 
 Rows = Callable[[Sequence[int]], np.ndarray]
 """Positions → token ids [n, sequence + 1] int64, as :meth:`parallelism.data.batches.TokenBatches.rows` gives them."""
