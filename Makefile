@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-nvme lint bench clean
+.PHONY: install demo test test-nvme test-slurm lint bench clean
 
 install: $(STAMP)
 
@@ -25,11 +25,17 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not compiler"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not compiler and not slurm"
 
 # The optimizer on a real disk; needs a C++ compiler and libaio's headers.
 test-nvme: $(STAMP)
 	$(BIN)/python -m pytest tests/parallelism/test_nvme.py -m compiler
+
+# Jobs on a real Slurm of two nodes on this machine; needs root, for the daemons and to install them (Debian).
+test-slurm: $(STAMP)
+	command -v munged && command -v slurmd && command -v slurmctld || \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest tests/slurm -m slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

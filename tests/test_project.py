@@ -107,7 +107,7 @@ def test_makefile_installs_the_pinned_torch_first() -> None:
 
 def test_ci_runs_the_readme_s_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert script.splitlines()[-1] == "make test"
+    assert "make test" in script.splitlines()
     assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

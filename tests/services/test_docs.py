@@ -21,7 +21,7 @@ from tests.services.running import ROOT
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)  # the first test that asks for the finished job waits for it
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-QUICK = {"plan", "presets", "frontier", "list", "show", "gc", "track"}
+QUICK = {"plan", "presets", "frontier", "list", "show", "gc", "track", "render"}
 """Commands that end within seconds; the others (run, demo, ui, pause, cancel) are only parsed."""
 
 
@@ -72,7 +72,7 @@ def is_quick(line: Line) -> bool:
 
 @pytest.mark.parametrize("line", [line for line in LINES if is_quick(line)], ids=str)
 def test_documented_command_runs(line: Line, finished: FinishedJob, tmp_path: Path) -> None:
-    words = [str(tmp_path / word) if word.endswith(".png") else word for word in line.words[1:]]
+    words = [str(tmp_path / word) if word.endswith((".png", ".html")) else word for word in line.words[1:]]
     home = ["--home", finished.home] if words[0] != "presets" else []
     ended = espalier(*words, *home)
     assert ended.returncode == 0, ended.stderr
@@ -90,7 +90,7 @@ def test_shortest_job_file_of_the_docs_is_valid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_example_can_be_planned(path: Path, tmp_path: Path) -> None:
-    elsewhere = ["--on", "h100:32"] if path.name == "large-models.yaml" else []
+    elsewhere = ["--on", "h100:32"] if path.name in ("large-models.yaml", "slurm.yaml") else []
     ended = espalier("plan", path, "--json", "--home", tmp_path, *elsewhere)
     assert ended.returncode == 0, ended.stderr
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
