@@ -1,4 +1,4 @@
-"""``python -m launcher.attend STOP_FILE COMMAND …``: a command on another machine that is stopped through a shared file.
+"""``python -m launcher.attend STOP_FILE COMMAND …``: a command elsewhere that is stopped through a shared file.
 
 Whoever cannot send it signals creates the file: the command is asked to end, once. With :data:`NOW` in the file it is
 ended. Torch-free.
@@ -29,8 +29,8 @@ def ask_to_stop(stop_file: Path, *, now: bool = False) -> None:
 def attend(command: Sequence[str], stop_file: Path, watch: Callable[[], bool] = lambda: True) -> int:
     """Run a command to its end; its exit code as a shell has it (128 + the signal that ended it).
 
-    SIGTERM to this process does nothing: batch systems send it to all processes, and for a coordinator that got it twice
-    it means something else. When ``watch`` returns false, what the command needs is gone, and so is the command.
+    SIGTERM to this process does nothing: batch systems send it to all processes, and twice it means something else to a
+    coordinator. When ``watch`` returns false, what the command needs is gone, and so is the command.
     """
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     before = signal.signal(signal.SIGTERM, _leave_it_to_the_command)

@@ -69,7 +69,9 @@ def placement_problems(spec: JobSpec, home: Path) -> Iterator[Problem]:
 def _slurm_problems(spec: JobSpec, profile: Profile) -> Iterator[Problem]:
     options, threads = spec.execution.slurm or SlurmOptions(), spec.execution.threads_per_rank
     if shutil.which("sbatch") is None:
-        yield Problem("execution.backend", "slurm", "sbatch is not on this machine", "submit where Slurm's commands are")
+        yield Problem(
+            "execution.backend", "slurm", "sbatch is not on this machine", "submit where Slurm's commands are"
+        )
     if options.devices_per_node(threads) == 0:
         what = f"one rank needs {threads} (execution.threads_per_rank)"
         yield Problem("execution.slurm.cpus_per_node", options.cpus_per_node, what, f"use {threads} or more")

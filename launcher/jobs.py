@@ -87,8 +87,9 @@ def run_job(
     """Have the job worked on until it rests, and return the state it rests in; a coordinator that dies is replaced.
 
     ``tracking`` is an MLflow server or store, None for the home's own, or :data:`NO_TRACKING`. ``poll`` is called a few
-    times a second, ``tell`` with the reason while the back-end has the job wait. Raises :class:`JobError` for a job that
-    somebody works on already, or that is final.
+    times a second, ``tell`` with the reason while the back-end has the job wait.
+
+    Raises :class:`JobError` for a job that somebody works on already, or that is final.
     """
     journal = find_job(home, job_id)
     _refuse_unless_free(journal)

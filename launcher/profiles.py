@@ -1,7 +1,7 @@
 """What the operator says of the clusters that jobs may run on: ``profiles.yaml`` in the home. Torch-free.
 
-A job only names a profile. Whatever lets a submission run code or reach hosts (images, mounts, further lines, addresses,
-tokens) stands here, where no job can write.
+A job only names a profile. Whatever lets a submission run code or reach hosts (images, mounts, further lines,
+addresses, tokens) stands here, where no job can write.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ class RayProfile(Options):
     address: str = Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", description="of its Jobs API: http://HEAD:8265")
     token_file: Path | None = Field(default=None, description="holds the token, where the cluster asks for one")
     python: str = "python"
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, description="of the job's processes")
     nodes: PositiveInt = 1
     cpus_per_node: PositiveInt = 1
     gpus_per_node: int = Field(default=0, ge=0)

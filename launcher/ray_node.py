@@ -138,14 +138,16 @@ def listens(address: str) -> bool:
 
 def host_address(host: str) -> str:
     """The address behind a name; Ray's nodes know each other by addresses."""
-    return socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
+    return socket.gethostbyname(host)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Node:
     """A node from the command line."""
     parser = argparse.ArgumentParser(prog="python -m launcher.ray_node", description="One node of a job's Ray cluster.")
     parser.add_argument("journal", type=Path, metavar="JOURNAL_DIR", help="the job's directory")
-    parser.add_argument("--name", default=os.environ.get(NODE_NAME, ""), help=f"this node's name; default: ${NODE_NAME}")
+    parser.add_argument(
+        "--name", default=os.environ.get(NODE_NAME, ""), help=f"this node's name; default: ${NODE_NAME}"
+    )
     parser.add_argument("--head", required=True, help="name of the node on which Ray's head runs")
     parser.add_argument("--address", required=True, metavar="HOST:PORT", help="where the head listens")
     parser.add_argument("--nodes", type=int, default=1, help="how many nodes there are")
@@ -153,7 +155,9 @@ def parse(arguments: Sequence[str] | None = None) -> Node:
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that Ray may use on this node")
     parser.add_argument("--devices", type=int, help="ranks the job may hold at once; default: what the cluster has")
     parser.add_argument("--module", default="launcher.coordinator", help="what drives the job")
-    parser.add_argument("--ray-dir", type=Path, required=True, help="a short directory of Ray's own; removed at the end")
+    parser.add_argument(
+        "--ray-dir", type=Path, required=True, help="a short directory of Ray's own; removed at the end"
+    )
     parser.add_argument("--stop-file", type=Path, required=True, help="asks the coordinator to end when it appears")
     return Node(**vars(parser.parse_args(arguments)))
 

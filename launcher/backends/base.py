@@ -24,8 +24,8 @@ class Phase(StrEnum):
 class BackendStatus:
     """``reason``: in the back-end's own words, why it waits or how it ended. ``exit_code``: where one is known.
 
-    ``since``: when it began to run (again), in seconds since 1970; 0 where the back-end does not say. ``final``: it ended
-    in a way after which nobody should try again by himself, because somebody withdrew it, or memory was too small.
+    ``since``: when it began to run (again), in seconds since 1970; 0 where the back-end does not say. ``final``: it
+    ended in a way after which it is not tried again, because somebody withdrew it, or memory was too small.
     """
 
     phase: Phase

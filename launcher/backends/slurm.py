@@ -41,7 +41,7 @@ class SlurmBackend:
         folder, log = journal.cluster_dir, journal.log_path("coordinator")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_token(folder / TOKEN)
-        job = slurm_job(spec, journal, journal.job_id, working_directory(journal), self._module)
+        job = slurm_job(spec, journal, journal.job_id, Path(working_directory(journal)), self._module)
         assert job.log == log
         script = folder / SCRIPT
         script.write_text(render_job(spec, home_of(journal), job), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Slurm's commands, and what they say of a job in this project's words. Torch-free."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,9 +15,22 @@ from launcher.backends.base import BackendStatus, BackendUnavailable, Phase
 
 COMMAND_SECONDS = 60.0
 
-WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "CONFIGURING", "SUSPENDED"})
+WAITING = frozenset(
+    {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "CONFIGURING", "SUSPENDED"}
+)
 ENDED = frozenset(
-    {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
+    {
+        "COMPLETED",
+        "CANCELLED",
+        "FAILED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "PREEMPTED",
+        "OUT_OF_MEMORY",
+        "BOOT_FAIL",
+        "DEADLINE",
+        "REVOKED",
+    }
 )
 """All other states count as running."""
 FINAL = frozenset({"CANCELLED", "OUT_OF_MEMORY", "DEADLINE", "REVOKED"})
@@ -139,7 +153,7 @@ class Queue:
         """All jobs that Slurm still knows, those that have ended lately among them. Raises ``BackendUnavailable``."""
         with self._lock:
             if fresh or time.monotonic() > self._seen_at + self._fresh_seconds:
-                self._seen = read_queue(_call(["squeue", "--json", "--states=all"]))
+                self._seen = read_queue(_call(["squeue", "--json", "--me", "--states=all"]))
                 self._seen_at = time.monotonic()
             return self._seen
 
@@ -162,10 +176,8 @@ class Queue:
         self._cancel([str(number)])
 
     def _cancel(self, arguments: Sequence[str]) -> None:
-        try:
+        with contextlib.suppress(SlurmRefused):  # it has ended meanwhile
             _call(["scancel", "--quiet", *arguments])
-        except SlurmRefused:
-            pass  # it has ended meanwhile
         self.forget()
 
 
@@ -186,5 +198,11 @@ def _call(command: Sequence[str], environment: Mapping[str, str] | None = None) 
     raise SlurmRefused(f"Slurm refused: {told}")
 
 
-UNAVAILABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes", "try again")
+UNAVAILABLE = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Connection refused",
+    "Zero Bytes",
+    "try again",
+)
 """What Slurm's commands say when asking again may help."""

@@ -1,4 +1,4 @@
-"""The batch script of a job, as a pure function of what it asks for and what the operator's profile adds. Torch-free."""
+"""The batch script of a job, a pure function of what it asks for and what the profile adds. Torch-free."""
 
 import shlex
 from collections.abc import Iterator

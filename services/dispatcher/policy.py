@@ -42,7 +42,7 @@ class Seen:
     exit_code: int | None = None
     reason: str = ""
     final: bool = False
-    """The submission ended in a way after which it is not tried again (:class:`launcher.backends.base.BackendStatus`)."""
+    """The submission ended in a way after which it is not tried again."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every back-end does, as tests over a fixture ``place``; each folder whose back-end can be run there imports them.
+"""What every back-end does, as tests over a fixture ``place``: imported where such a back-end can be run.
 
 The coordinator is a program that steps, checkpoints and obeys as the real one does, in seconds.
 """

@@ -102,7 +102,7 @@ def test_a_submission_s_id_follows_from_the_job_and_is_taken_once(cluster: RayCl
 
 
 def test_a_job_that_somebody_stopped_at_the_cluster_is_not_started_again(cluster: RayCluster, tmp_path: Path) -> None:
-    journal, backend, handle = _ray_place(cluster, tmp_path).running()
+    _, backend, handle = _ray_place(cluster, tmp_path).running()
     JobsApi(cluster.address, cluster.token_file).stop(handle["submission"])
     _ray_place(cluster, tmp_path).until(lambda: backend.status(handle).phase is Phase.ENDED)
     status = backend.status(handle)

@@ -36,7 +36,11 @@ def test_the_page_s_profiles_are_read_and_go_into_the_script(tmp_path: Path) -> 
     spec = load_spec(ROOT / "examples" / "slurm.yaml")
     lab = spec.model_copy(update={"execution": spec.execution.model_copy(update={"profile": "lab"})})
     script = render_job(lab, tmp_path, slurm_job(lab, Journal(tmp_path / "jobs" / "x"), "x", tmp_path))
-    told = ("--container-image=/images/espalier.sqsh", "ulimit -l unlimited", "/opt/espalier/bin/python -m launcher.ray_node")
+    told = (
+        "--container-image=/images/espalier.sqsh",
+        "ulimit -l unlimited",
+        "/opt/espalier/bin/python -m launcher.ray_node",
+    )
     assert [line in script for line in told] == [True] * 3
     assert "PYTHONPATH" not in script
 

@@ -147,7 +147,7 @@ def test_what_a_job_gets_wrong_about_its_place_is_told_with_a_remedy(
     wrong = _spec(threads_per_rank=4, slurm={"partition": "vip", "gpus_per_node": 2, "cpus_per_node": 2})
     found = _problems(wrong, home)
     assert found == {
-        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s commands are',
+        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s are',
         "execution.slurm.cpus_per_node": "2: one rank needs 4 (execution.threads_per_rank); use 4 or more",
         "execution.slurm.partition": '"vip": the profile does not offer this partition; use one of cpu, gpu',
         "execution.profile": '"default": it does not say what the GPUs are; the operator adds slurm: {gpu: {name: ...,'
@@ -178,7 +178,7 @@ def test_profiles_are_the_operator_s_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"execution.profile 'cpu' is unknown: .*profiles.yaml has default, gpu"):
         profile_named(home, "cpu")
     _write_profiles(tmp_path, "gpu: {slurm: {moduls: [cuda]}}")
-    with pytest.raises(SpecError, match="gpu.slurm.moduls: unknown field"):
+    with pytest.raises(SpecError, match=r"gpu\.slurm\.moduls: unknown field"):
         load_profiles(tmp_path)
 
 
@@ -187,7 +187,11 @@ def _row(**changes: Any) -> dict[str, Any]:
 
 
 OLD_AND_NEW = [
-    (_row(state_reason="PartitionNodeLimit"), (Phase.WAITING, None, False), "PartitionNodeLimit (execution.slurm.nodes"),
+    (
+        _row(state_reason="PartitionNodeLimit"),
+        (Phase.WAITING, None, False),
+        "PartitionNodeLimit (execution.slurm",
+    ),
     (_row(job_state="RUNNING", nodes="n[1-2]", start_time=99), (Phase.RUNNING, None, False), "on n[1-2]"),
     (_row(job_state=["RUNNING"], start_time={"set": True, "number": 99}), (Phase.RUNNING, None, False), ""),
     (_row(job_state="COMPLETING", nodes="n1", start_time=99), (Phase.RUNNING, None, False), ""),
