@@ -20,7 +20,7 @@ from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import JobState
 from launcher.tracking import EXIT_DONE, default_uri, page_url
-from services import operator_commands, service_commands, tables
+from services import operator_commands, render_commands, service_commands, tables
 from services.demonstration import demo_job
 from services.dryrun import DryRunError, dry_run
 from services.foreground import Work, run_in_foreground
@@ -70,6 +70,7 @@ app = typer.Typer(
 )
 service_commands.register(app)
 operator_commands.register(app)
+render_commands.register(app)
 
 
 @app.callback(invoke_without_command=True)
