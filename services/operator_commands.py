@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from services import serve
 from services.reindex import back_up, reindex
 from services.settings import load_settings
 from services.store.database import Database
@@ -192,5 +193,7 @@ def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command(name="reindex")(reindex_command)
     app.command()(backup)
+    keys.command(name="token")(serve.print_token)
     app.add_typer(keys, name="keys")
     app.add_typer(webhooks, name="webhooks")
+    serve.register(app)

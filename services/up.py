@@ -190,19 +190,23 @@ def prepare(settings: Settings, port: int | None, serve_mlflow: bool = True) -> 
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     database.migrate()
-    guarded = KeyStore(database).any() or settings.oidc is not None
+    check_guard(settings, database)
     database.close()
-    if not settings.loopback and not guarded:
-        raise ServiceError(
-            f"host {settings.host}: without keys the service answers this machine only; create one first, with:"
-            " espalier keys create NAME --role admin"
-        )
     update: dict[str, Any] = {"port": choose_port(port, settings.port or USUAL_PORT)}
     if settings.mlflow is None and serve_mlflow:
         update["mlflow_url"] = f"http://{HOST}:{choose_port(None)}"
     elif settings.mlflow is not None and settings.mlflow.startswith("http"):
         update["mlflow_url"] = settings.mlflow_url or settings.mlflow
     return settings.model_copy(update=update)
+
+
+def check_guard(settings: Settings, database: Database) -> None:
+    """Raise :class:`ServiceError` where other machines could use the service without a key."""
+    if not settings.loopback and settings.oidc is None and not KeyStore(database).any():
+        raise ServiceError(
+            f"host {settings.host}: without keys the service answers this machine only; create one first, with:"
+            " espalier keys create NAME --role admin"
+        )
 
 
 @contextmanager

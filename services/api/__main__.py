@@ -9,6 +9,7 @@ import uvicorn
 
 from services.api.app import make_app
 from services.process import parse, say_in_log
+from services.settings import Settings
 
 GRACE_SECONDS = 3
 """For requests that are being answered; streams are cut off, and go on at the next server."""
@@ -16,7 +17,12 @@ GRACE_SECONDS = 3
 
 def main() -> int:
     """Entry point of the process."""
-    settings, keeper = parse("services.api")
+    run_api(*parse("services.api"))
+    return 0
+
+
+def run_api(settings: Settings, keeper: int | None = None) -> None:
+    """Serve until SIGTERM, or until the parent process ``keeper`` has ended."""
     say_in_log()
     config = uvicorn.Config(
         make_app(settings),
@@ -33,7 +39,6 @@ def main() -> int:
     if keeper is not None:
         threading.Thread(target=_follow, args=(server, keeper), daemon=True).start()
     server.run()
-    return 0
 
 
 def _follow(server: uvicorn.Server, keeper: int) -> None:

@@ -11,6 +11,7 @@ from types import FrameType
 
 from services.dispatcher.loop import Dispatcher
 from services.process import parse, say_in_log
+from services.settings import Settings
 
 
 class Ending:
@@ -34,10 +35,14 @@ class Ending:
 
 def main() -> int:
     """Entry point of the process."""
-    settings, keeper = parse("services.dispatcher")
+    run_dispatcher(*parse("services.dispatcher"))
+    return 0
+
+
+def run_dispatcher(settings: Settings, keeper: int | None = None) -> None:
+    """Dispatch until SIGTERM or SIGINT, or until the parent process ``keeper`` has ended."""
     say_in_log()
     Dispatcher(settings).run(Ending(keeper))
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from sqlalchemy.orm import Session
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITING = "espalier_writing"
+MIGRATING = 0x65737061
+"""A lock of PostgreSQL: parts that start at the same moment do not change the tables at the same moment."""
 BUSY_SECONDS = 30
 POOL = 8
 
@@ -71,6 +73,8 @@ class Database:
     def migrate(self) -> None:
         """Bring the tables to the form that this version of the code expects."""
         with self._writing.begin() as connection:
+            if self.dialect == "postgresql":  # SQLite's writers wait for each other anyway
+                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": MIGRATING})
             config = _config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")

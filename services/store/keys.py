@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 PREFIX = "esp"
 LONGEST_TOKEN = 200
+TOKEN = re.compile(rf"{PREFIX}_[0-9a-f]{{12}}_[A-Za-z0-9_-]{{43}}")
 _NO_DIGEST = "0" * 64
 
 
@@ -39,7 +41,8 @@ class KeyStore:
         """A new key and its token ``esp_ID_SECRET``, which is nowhere kept. Raises ``ValueError`` for another role."""
         if role not in ROLES:
             raise ValueError(f"role {role!r} is unknown: use one of {', '.join(ROLES)}")
-        key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        token = self.token()
+        key_id, secret = _parts(token)
         with self._database.write() as session:
             now = self._database.now(session)
             row = KeyRow(
@@ -56,14 +59,36 @@ class KeyStore:
                 highest_priority=highest_priority,
             )
             session.add(row)
-        return row, f"{PREFIX}_{key_id}_{secret}"
+        return row, token
+
+    @staticmethod
+    def token() -> str:
+        """A new token that no store knows yet."""
+        return f"{PREFIX}_{secrets.token_hex(6)}_{secrets.token_urlsafe(32)}"
+
+    def adopt(self, token: str, name: str, owner: str, role: Role) -> None:
+        """Know a token that was made elsewhere, unless it is known (or was revoked) already.
+
+        Raises ``ValueError`` where it has another form than :meth:`token` gives, or the id of another key.
+        """
+        if not TOKEN.fullmatch(token):
+            raise ValueError(f"no key: it looks like {PREFIX}_, 12 hexadecimal digits, _, and 43 further characters")
+        key_id, secret = _parts(token)
+        with self._database.write() as session:
+            row = session.get(KeyRow, key_id)
+            if row is None:
+                now = self._database.now(session)
+                row = KeyRow(id=key_id, name=name, owner=owner, role=role, digest=_digest(secret), created=now)
+                session.add(row)
+            elif not hmac.compare_digest(row.digest, _digest(secret)):
+                raise ValueError(f"key {key_id} is another one already")
 
     def find(self, token: str) -> KeyRow | None:
         """The key behind a token, if it is right, not expired and not revoked."""
         if len(token) > LONGEST_TOKEN:
             return None
-        prefix, _, rest = token.partition("_")
-        key_id, _, secret = rest.partition("_")
+        prefix = token.partition("_")[0]
+        key_id, secret = _parts(token)
         with self._database.read() as session:
             row = session.get(KeyRow, key_id)
             now = self._database.now(session)
@@ -91,6 +116,12 @@ class KeyStore:
         """Whether there ever was a key: then nobody comes in without one, also when all have run out."""
         with self._database.read() as session:
             return session.execute(select(func.count()).select_from(KeyRow)).scalar_one() > 0
+
+
+def _parts(token: str) -> tuple[str, str]:
+    """A token's id and secret."""
+    key_id, _, secret = token.partition("_")[2].partition("_")
+    return key_id, secret
 
 
 def _digest(secret: str) -> str:
