@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.slurm_options import SlurmOptions
 from launcher.cluster import CPU_LINK, CPU_MEMORY, GIBI, Cluster, core_flops, gpu_cluster, local_cluster
 from launcher.problems import Problem
-from launcher.profiles import FILE, Gpu, Profile, load_profiles
+from launcher.profiles import FILE, Gpu, KubernetesProfile, Profile, load_profiles
 from launcher.spec import JobSpec
 from parallelism.host_memory import available_memory
 from parallelism.suggest import remedy
@@ -27,6 +29,12 @@ def cluster_of(spec: JobSpec, home: Path) -> Cluster:
         memory = options.memory_gib_per_node or profile.slurm.memory_gib_per_node
         devices = options.devices_per_node(threads)
         return _cluster(options.nodes, devices, bool(options.gpus_per_node), profile.slurm.gpu, memory, threads)
+    if execution.backend == "kubernetes" and profile.kubernetes:
+        asked, offer = execution.kubernetes or KubernetesOptions(), profile.kubernetes
+        memory = asked.memory_gib_per_node or offer.memory_gib_per_node
+        return _cluster(
+            asked.nodes, asked.devices_per_node(threads), bool(asked.gpus_per_node), offer.gpu, memory, threads
+        )
     if execution.backend == "ray" and profile.ray:
         ray = profile.ray
         devices = ray.gpus_per_node or ray.cpus_per_node // threads
@@ -64,6 +72,8 @@ def placement_problems(spec: JobSpec, home: Path) -> Iterator[Problem]:
         yield from _slurm_problems(spec, profiles[name])
     elif spec.execution.backend == "ray":
         yield from _ray_problems(spec, profiles[name])
+    elif spec.execution.backend == "kubernetes":
+        yield from _kubernetes_problems(spec, profiles[name], home)
 
 
 def _slurm_problems(spec: JobSpec, profile: Profile) -> Iterator[Problem]:
@@ -94,6 +104,56 @@ def _ray_problems(spec: JobSpec, profile: Profile) -> Iterator[Problem]:
     if not profile.ray.gpus_per_node and profile.ray.cpus_per_node < spec.execution.threads_per_rank:
         what = f"a node of the cluster offers {profile.ray.cpus_per_node} processors"
         yield Problem("execution.threads_per_rank", spec.execution.threads_per_rank, what, "use no more than that")
+    yield from _relative_paths(spec)
+
+
+def _kubernetes_problems(spec: JobSpec, profile: Profile, home: Path) -> Iterator[Problem]:
+    offer, name, threads = profile.kubernetes, spec.execution.profile, spec.execution.threads_per_rank
+    options = spec.execution.kubernetes or KubernetesOptions()
+    if offer is None:
+        how = f"the operator adds kubernetes: {{image: ..., volumes: ...}} to it in {FILE}, or name another profile"
+        yield Problem("execution.profile", name, "it says of no Kubernetes cluster", how)
+        return
+    if find_spec("kubernetes") is None:
+        how = "pip install 'espalier-service[kubernetes]' where jobs are submitted"
+        yield Problem("execution.backend", "kubernetes", "its client is not installed", how)
+    if options.devices_per_node(threads) == 0:
+        what = f"one rank needs {threads} (execution.threads_per_rank)"
+        yield Problem("execution.kubernetes.cpus_per_node", options.cpus_per_node, what, f"use {threads} or more")
+    memory = options.memory_gib_per_node or offer.memory_gib_per_node
+    if memory and options.shared_memory_gib >= memory:
+        what = f"/dev/shm is part of a pod's memory, {memory:g} GiB"
+        yield Problem(
+            "execution.kubernetes.shared_memory_gib", options.shared_memory_gib, what, "use less, or more memory"
+        )
+    yield from _queue_problems(options, offer)
+    if options.priority_class and options.priority_class not in offer.priority_classes:
+        what = "the profile does not offer this priority class"
+        yield Problem(
+            "execution.kubernetes.priority_class", options.priority_class, what, _one_of(offer.priority_classes)
+        )
+    if options.gpus_per_node and offer.gpu is None:
+        yield _unknown_gpus(spec, "kubernetes")
+    if not any(home.is_relative_to(volume.mount) for volume in offer.volumes if not volume.read_only):
+        how = f"the operator mounts it at the same path, under kubernetes.volumes in {FILE}"
+        yield Problem("execution.profile", name, f"no volume of its pods holds the home {home}", how)
+    yield from _relative_paths(spec)
+
+
+def _queue_problems(options: KubernetesOptions, offer: KubernetesProfile) -> Iterator[Problem]:
+    field, queue = "execution.kubernetes.queue", options.queue
+    if queue and offer.queue_kind is None:
+        yield Problem(field, queue, "the profile knows no queues", "leave it out")
+    elif offer.queue_kind and offer.queues is not None and queue not in offer.queues:
+        what = "the profile does not offer this queue" if queue else "the profile wants one named"
+        yield Problem(field, queue, what, _one_of(offer.queues))
+
+
+def _one_of(names: list[str]) -> str:
+    return f"use one of {', '.join(names)}" if names else "leave it out"
+
+
+def _relative_paths(spec: JobSpec) -> Iterator[Problem]:
     for field, path in _paths(spec):
         if "://" not in path and not path.startswith(("/", "builtin:")):
             yield Problem(field, path, "the cluster's nodes do not stand in this folder", "write the whole path")

@@ -14,6 +14,8 @@ def own_cluster() -> dict[str, str]:
     return {
         **shared_cluster(),
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Helpers of Ray that lose the head give up after seconds instead of a minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         # Ray's name for "this cluster is one machine": all its servers bind the loopback interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "GLOO_SOCKET_IFNAME": loopback_interface(),
@@ -25,8 +27,6 @@ def shared_cluster() -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
-        # Helpers of Ray that lose the head give up after seconds instead of a minute.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         # A node whose server is gone is missed after five seconds instead of fifteen; one that is only slow has 50 s.
         "RAY_health_check_period_ms": "1000",
     }

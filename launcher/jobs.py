@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.backends.base import Backend, BackendStatus, Handle, Phase, make_backend
+from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Handle, Phase, make_backend
 from launcher.journal import Journal
 from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
 from launcher.processes import end_processes
@@ -18,6 +18,7 @@ from launcher.states import FINAL, RESTING, JobState, can_continue
 from launcher.tracking import FeederProcess
 
 POLL_SECONDS = 0.3
+UNAVAILABLE_SECONDS = 5.0
 NO_TRACKING = "none"
 LOCAL = "local"
 
@@ -128,7 +129,7 @@ class Supervisor:
         while True:
             before = self._journal.view()
             epoch, milestones = before.epoch, before.milestones
-            handle = self._backend.find(self._journal) or self._backend.submit(self._journal)
+            handle = self._submit()
             status = self._wait(handle, poll)
             view = self._journal.view()
             end_processes(view)
@@ -146,6 +147,17 @@ class Supervisor:
                 return rest_job(self._journal, JobState.FAILED, f"{decision.reason}\n{last_words}".strip())
             self._fruitless = decision.consecutive
             time.sleep(decision.after_seconds)
+
+    def _submit(self) -> Handle:
+        """A back-end that does not answer is asked again, as long as the job is wanted."""
+        while True:
+            try:
+                return self._backend.find(self._journal) or self._backend.submit(self._journal)
+            except BackendUnavailable as error:
+                if self._journal.desired() != "run":
+                    raise
+                self._tell(str(error))
+                time.sleep(UNAVAILABLE_SECONDS)
 
     def _wait(self, handle: Handle, poll: Callable[[], None] | None) -> BackendStatus:
         told = ""

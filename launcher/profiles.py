@@ -5,11 +5,12 @@ addresses, tokens) stands here, where no job can write.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
+from launcher.backends.kubernetes_options import ObjectName
 from launcher.journal import Journal
 from launcher.problems import Problem, SpecError, of_validation
 from parallelism.options import Options
@@ -70,11 +71,70 @@ class RayProfile(Options):
     memory_gib_per_node: PositiveFloat | None = None
 
 
+class Volume(Options):
+    """A persistent volume claim in every pod of a job."""
+
+    claim: ObjectName
+    mount: str = Field(pattern=r"^/[^\s:]*$", description="the same path that the dispatcher has it at")
+    read_only: bool = False
+
+
+class SecretKey(Options):
+    """Where a secret lies in the cluster; what it holds never passes through here."""
+
+    secret: ObjectName
+    key: str = Field(pattern=r"^[-._A-Za-z0-9]{1,253}$")
+
+
+class SecretMount(Options):
+    """A secret as files, read-only."""
+
+    secret: ObjectName
+    mount: str = Field(pattern=r"^/[^\s:]*$")
+
+
+class Toleration(Options):
+    """A taint of nodes that a job's pods may run on in spite of it."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class KubernetesProfile(Options):
+    """A namespace of a cluster that has KubeRay, and what its pods are made of."""
+
+    kubeconfig: Path | None = Field(default=None, description="default: the pod's own account, or the user's file")
+    context: str | None = Field(default=None, description="of the kubeconfig; default: its current one")
+    namespace: ObjectName = "default"
+    image: str = Field(min_length=1, pattern=r"^\S+$", description="with the same espalier, Python and Ray as here")
+    python: str = "python"
+    image_pull_secrets: list[ObjectName] = Field(default=[], description="names of secrets")
+    service_account: ObjectName | None = Field(default=None, description="its token is not given to the pods")
+    run_as_user: PositiveInt | None = Field(default=None, description="default: the image's, which must not be root")
+    fs_group: PositiveInt | None = Field(default=None, description="group that owns the volumes")
+    node_selector: dict[str, str] = Field(default={}, description="labels of the nodes to use")
+    tolerations: list[Toleration] = Field(default=[], description="as in a pod")
+    volumes: list[Volume] = Field(default=[], description="the home has to be on one of them")
+    environment: dict[str, str] = Field(default={}, description="no secrets: the manifest can be read")
+    secret_environment: dict[str, SecretKey] = Field(default={}, description="variables whose values are in secrets")
+    secret_mounts: list[SecretMount] = Field(default=[], description="secrets as files")
+    queue_kind: Literal["kueue", "volcano"] | None = None
+    queues: list[str] | None = Field(default=None, description="those that jobs may name; None: any")
+    priority_classes: list[str] = Field(default=[], description="those that jobs may name")
+    gpu_resource: str = Field(default="nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
+    gpu: Gpu | None = None
+    memory_gib_per_node: PositiveFloat | None = None
+    keep_seconds: int = Field(default=300, ge=0, description="how long the pods of a job that has ended stay")
+
+
 class Profile(Options):
     """One place where jobs may run, as each back-end that goes there needs to know it."""
 
     slurm: SlurmProfile = SlurmProfile()
     ray: RayProfile | None = None
+    kubernetes: KubernetesProfile | None = None
 
 
 def load_profiles(home: Path) -> dict[str, Profile]:

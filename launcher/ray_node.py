@@ -76,6 +76,7 @@ def run(node: Node) -> int:
     """Take part until the job's coordinator has ended; the head returns its exit code, others 0."""
     if node.is_head:
         shutil.rmtree(node.ray_dir, ignore_errors=True)  # of an earlier life here
+    node.ray_dir.mkdir(mode=0o700, exist_ok=True)  # Ray would let everybody in
     try:
         return _lead(node) if node.is_head else _follow(node)
     finally:
@@ -94,14 +95,15 @@ def _lead(node: Node) -> int:
 
 
 def _follow(node: Node) -> int:
-    """Ray's servers may also end by themselves: the job gets its node back then."""
+    """Ray's servers may also end by themselves, or not come up: the job gets its node back then."""
     deadline = time.monotonic() + HEAD_SECONDS
     while time.monotonic() < deadline:
         if not listens(node.address):
             time.sleep(0.5)
             continue
         with _servers(node) as servers:
-            servers.wait()
+            while servers.poll() is None and listens(node.address):
+                time.sleep(1.0)
         deadline = time.monotonic() + PATIENCE_SECONDS
     return 0
 
@@ -127,11 +129,13 @@ def _end_group(servers: subprocess.Popen[bytes]) -> None:
 
 
 def listens(address: str) -> bool:
-    """Whether somebody takes connections at HOST:PORT."""
+    """Whether somebody takes connections at HOST:PORT; one who is slow to does, too."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=2.0):
+        with socket.create_connection((host, int(port)), timeout=20.0):
             return True
+    except TimeoutError:
+        return True
     except OSError:
         return False
 

@@ -20,6 +20,7 @@ from pydantic import (
 from compression.config import CompressionConfig
 from compression.harness import HarnessConfig
 from compression.results import ExportFormat
+from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.slurm_options import SlurmOptions
 from launcher.problems import Problem, SpecError, of_validation, of_yaml
 from parallelism.budget import Budget
@@ -83,6 +84,7 @@ class ExecutionConfig(Options):
     checkpoint_every: CheckpointPolicy = CheckpointPolicy(seconds=60)
     price_per_device_hour: NonNegativeFloat = 0.0
     slurm: SlurmOptions | None = Field(default=None, description="what the back-end slurm asks for")
+    kubernetes: KubernetesOptions | None = Field(default=None, description="what the back-end kubernetes asks for")
     stall_seconds: float = Field(
         default=600.0, gt=0, description="a gang without progress for this long is treated as dead"
     )

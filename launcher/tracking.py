@@ -47,10 +47,11 @@ EXIT_DONE, EXIT_UNREACHABLE, EXIT_BUSY, EXIT_REFUSED = 0, 3, 4, 5
 class FeederProcess:
     """The feeder of one job as a child process; it also ends by itself when its parent dies."""
 
-    def __init__(self, journal: Journal, home: Path, uri: str | None = None) -> None:
-        """``uri``: an MLflow server or store; by default the one of the home."""
+    def __init__(self, journal: Journal, home: Path, uri: str | None = None, once: bool = False) -> None:
+        """``uri``: an MLflow server or store; by default the one of the home. ``once``: it feeds what there is."""
         command = [sys.executable, "-m", "launcher.tracking", str(journal.directory)]
-        command += ["--uri", uri or default_uri(home)]
+        command += ["--uri", uri or default_uri(home), "--parent", str(os.getpid()), *(["--once"] if once else [])]
+        self._once = once
         with open(journal.log_path("tracking"), "ab") as log:
             # In a session of its own: Ctrl-C is meant for the job, whose end the feeder still has to write down.
             self._process = subprocess.Popen(
@@ -59,7 +60,8 @@ class FeederProcess:
 
     def close(self, timeout_seconds: float = 60.0) -> int:
         """Let it write what is left, for a limited time. Returns its exit code: 0 when everything was written."""
-        self._process.terminate()
+        if not self._once:  # it would not live to hear it
+            self._process.terminate()
         try:
             return self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -70,9 +72,10 @@ class FeederProcess:
 class Leaving:
     """Whether the feeder was asked to end: by a signal, or by the death of the process that started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int | None = None) -> None:
+        """``parent``: the process that started this one; it may have died before it could be asked for."""
         self._asked = threading.Event()
-        self._parent = os.getppid()
+        self._parent = os.getppid() if parent is None else parent
 
     def ask(self, *_: object) -> None:
         """A signal handler."""
@@ -129,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     journal = Journal(options.journal)
     journal.tracking_dir.mkdir(parents=True, exist_ok=True)
-    leaving = Leaving()
+    leaving = Leaving(options.parent)
     if options.once:
         leaving.ask()
     signal.signal(signal.SIGTERM, leaving.ask)
@@ -149,6 +152,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("journal", type=Path, help="a job's directory")
     parser.add_argument("--uri", required=True, help="an MLflow tracking server or store")
     parser.add_argument("--once", action="store_true", help="feed what there is and end")
+    parser.add_argument("--parent", type=int, metavar="PID", help="end when this is not the parent process any more")
     parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS")
     parser.add_argument("--patience", type=float, default=20.0, metavar="SECONDS", help="for a dead server, at the end")
     return parser.parse_args(arguments)

@@ -1,8 +1,10 @@
 """MLflow as a store of runs: where a home's own one lies, its limits, its many ways to fail. Torch-free."""
 
+import fcntl
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +69,38 @@ def connect(uri: str) -> "MlflowClient":
     if artifacts:
         artifacts.mkdir(parents=True, exist_ok=True)
     with calls():
+        make_store(uri)
         return MlflowClient(uri)
+
+
+def make_store(uri: str) -> None:
+    """Have a SQLite store's tables made before anybody opens it: by one process, and at once or not at all.
+
+    MLflow makes them step by step in the file itself. Two processes at it spoil each other's work, and one that is
+    killed at it leaves a store that no other can open.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _make_store(path)
+
+
+def _make_store(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    draft, copy = path.with_suffix(".draft"), path.with_suffix(".copy")
+    for left in (draft, copy):
+        left.unlink(missing_ok=True)
+    MlflowClient(f"{SQLITE}{draft}").search_experiments()
+    # MLflow keeps the draft open; nobody has the copy open when it becomes the store.
+    with closing(sqlite3.connect(draft)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    os.replace(copy, path)
+    draft.unlink()
 
 
 @contextmanager

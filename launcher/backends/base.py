@@ -63,6 +63,9 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Entry] = {
+    "kubernetes": Entry(
+        "launcher.backends.kubernetes_options:KubernetesOptions", "launcher.backends.kubernetes:KubernetesBackend"
+    ),
     "local": Entry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend"),
     "ray": Entry("launcher.profiles:RayProfile", "launcher.backends.ray:RayBackend"),
     "slurm": Entry("launcher.backends.slurm_options:SlurmOptions", "launcher.backends.slurm:SlurmBackend"),

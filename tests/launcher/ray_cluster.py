@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx2
 
+from launcher.backends.base import BackendUnavailable
+from launcher.backends.ray import JobsApi
 from launcher.environment import loopback_interface
 
 UP_SECONDS = 120.0
@@ -50,6 +52,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         cluster = RayCluster(f"http://127.0.0.1:{dashboard}", token_file)
         _await(f"127.0.0.1:{port}", cluster, nodes)
         nodes.append(_start(folder, "second", [f"--address=127.0.0.1:{port}"]))
+        _await_agent(cluster)
         yield cluster
     finally:
         for node in reversed(nodes):
@@ -92,6 +95,20 @@ def _await(address: str, cluster: RayCluster, nodes: "list[subprocess.Popen[byte
             return
         time.sleep(0.2)
     raise TimeoutError(f"no Jobs API at {cluster.address}")
+
+
+def _await_agent(cluster: RayCluster) -> None:
+    """The Jobs API answers before there is anybody to run a job."""
+    jobs = JobsApi(cluster.address, cluster.token_file)
+    deadline = time.monotonic() + UP_SECONDS
+    while True:
+        try:
+            jobs.submit({"submission_id": "first", "entrypoint": "true"})
+            return
+        except BackendUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _free_ports(count: int) -> list[int]:

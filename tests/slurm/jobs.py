@@ -15,7 +15,7 @@ from tests.finished import BATCH, LENGTH, small_job
 from tests.launcher.faults import FaultPlan
 from tests.slurm.cluster import until
 
-STEPS = 60
+STEPS = 40
 EVERY = 5
 """Steps from one checkpoint to the next."""
 JOB_SECONDS = 600.0
@@ -24,18 +24,18 @@ FAULTY = "tests.launcher.faulty_coordinator"
 SLURM = {"backend": "slurm", "slurm": {"nodes": 2, "cpus_per_node": 2, "partition": "main"}}
 
 
-def job_spec(folder: Path, execution: dict[str, Any], steps: int = STEPS, **changes: Any) -> JobSpec:
-    """One model, tensor-parallel inside a node and data-parallel between two, without a grid."""
+def job_spec(folder: Path, execution: dict[str, Any], data: int = 1) -> JobSpec:
+    """One model, tensor-parallel inside a node and ``data``-parallel between nodes, without a grid."""
     document = small_job(folder / "text")
     (large,) = [one for one in document["candidates"] if one["name"] == "large"]
     document |= {
-        "budget": {"tokens": steps * BATCH * LENGTH},
-        "candidates": [large | {"layout": {"tensor": 2, "data": 2}}],
+        "budget": {"tokens": STEPS * BATCH * LENGTH},
+        "candidates": [large | {"layout": {"tensor": 2, "data": data}}],
         "compression": {},
         "export": {"variants": "none"},
-        "execution": {"devices": 4, "checkpoint_every": {"steps": EVERY}, **execution},
+        "execution": {"devices": 2 * data, "checkpoint_every": {"steps": EVERY}, **execution},
     }
-    return JobSpec.model_validate(document | changes)
+    return JobSpec.model_validate(document)
 
 
 class Watched:
