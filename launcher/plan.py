@@ -4,6 +4,7 @@ The layout, where a candidate gives none, is the best of all legal ones that fit
 cost model of :mod:`launcher.costs`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny, ValidationError
@@ -32,6 +33,10 @@ from parallelism.registry import FAMILIES, load
 from parallelism.rules import FEWEST_STEPS, DeviceKind, resolve_training
 from parallelism.training import TrainingConfig
 
+DOCUMENT = "plan"
+"""The journal's document that holds a job's plan."""
+LAYOUTS = "layouts"
+"""The document with the layouts that the job's owner asked for after it was submitted: candidate → layout."""
 MANY_PASSES = 4.0
 """More passes than this over the same text bring less and less (Muennighoff et al. 2023)."""
 
@@ -98,6 +103,15 @@ def read_plan(document: dict[str, Any]) -> Plan:
         for part in ("candidates", "sources")
     }
     return Plan.model_validate(document | rows)
+
+
+def with_layouts(spec: JobSpec, layouts: Mapping[str, Layout]) -> JobSpec:
+    """The spec with other layouts for the candidates that are named."""
+    candidates = [
+        candidate.model_copy(update={"layout": layouts.get(candidate.name, candidate.layout)})
+        for candidate in spec.candidates
+    ]
+    return spec.model_copy(update={"candidates": candidates})
 
 
 def make_plan(spec: JobSpec, cluster: Cluster, vocab_size: int, text_bytes: int = 0) -> Plan:

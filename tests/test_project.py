@@ -15,6 +15,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROOMS = ("services", "launcher", "compression", "parallelism")
 
 BLOCKED = ("torch", "megatron", "deepspeed", "transformers", "transformer_engine")
+WORKING = ("ray", "mlflow", "matplotlib", "compressed_tensors", "safetensors")
+"""What coordinators, workers and reports load, and nobody else."""
 
 DESCRIBING = (
     "compression.config",
@@ -56,6 +58,17 @@ def test_services_launcher_and_descriptions_import_without_torch() -> None:
         "    importlib.import_module(name)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_commands_and_api_need_none_of_what_only_work_needs() -> None:
+    """They start at once, and fit into a small image."""
+    script = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({(*BLOCKED, *WORKING)!r}))\n"
+        "import services.cli, services.api.__main__, services.serve\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 

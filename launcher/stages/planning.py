@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from launcher.cluster import Cluster, local_cluster
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
+from launcher.plan import DOCUMENT, LAYOUTS, CandidatePlan, Plan, make_plan, read_plan, with_layouts
 from launcher.session import Room
 from launcher.spec import CandidateSpec, JobSpec
 from launcher.stages.prepare import STAGE as PREPARE
 from parallelism.layout import Layout
 
-STAGE, DOCUMENT = "plan", "plan"
-LAYOUTS = "layouts"
-"""The document with the layouts that the job's owner asked for after it was submitted: candidate → layout."""
+STAGE = "plan"
 
 
 def plan(job: JobContext) -> None:
@@ -58,15 +56,6 @@ def _suits(settled: Plan, vocab_size: int, room: Room) -> bool:
     runs = [*settled.candidates, *(one for lineage in settled.lineages for one in lineage.recoveries)]
     known = all(candidate.model.vocab_size == vocab_size for candidate in settled.candidates)
     return known and all(run.layout.world_size <= room.devices for run in runs)
-
-
-def with_layouts(spec: JobSpec, layouts: Mapping[str, Layout]) -> JobSpec:
-    """The spec with other layouts for the candidates that are named."""
-    candidates = [
-        candidate.model_copy(update={"layout": layouts.get(candidate.name, candidate.layout)})
-        for candidate in spec.candidates
-    ]
-    return spec.model_copy(update={"candidates": candidates})
 
 
 def _as_wished(settled: Plan, wished: Mapping[str, Layout]) -> bool:

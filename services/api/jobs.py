@@ -12,9 +12,9 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ValidationError
 
 from launcher.jobs import free_disk_bytes
+from launcher.plan import with_layouts
 from launcher.problems import Problem, SpecError, of_validation
 from launcher.spec import JobSpec, parse_spec
-from launcher.stages.planning import with_layouts
 from launcher.states import JobState
 from parallelism.layout import Layout
 from services.api.access import PRIORITIES, Principal, allowed

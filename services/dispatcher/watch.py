@@ -8,8 +8,8 @@ from typing import Any
 
 from launcher.jobs import Home
 from launcher.journal import Journal
+from launcher.plan import DOCUMENT, LAYOUTS
 from launcher.spec import JobSpec
-from launcher.stages.planning import DOCUMENT, LAYOUTS
 from launcher.states import JobState
 from launcher.view import JobView
 from services.observed import device_seconds, progress, summarize
