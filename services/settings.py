@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
 
+from launcher.backends.base import BACKENDS
 from launcher.cluster import GIBI
 from launcher.environment import default_devices
 from launcher.problems import Problem, SpecError, of_validation
@@ -52,6 +53,10 @@ class Settings(Options):
         default=None, description="folders that jobs may read from; default: `data` in the home once there are keys"
     )
     protocols: list[str] = Field(default=list(ALLOWED_PROTOCOLS), description="fsspec protocols that jobs may name")
+    backends: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None,
+        description="back-ends that jobs may name; the first is for jobs that name none. Default: any, local",
+    )
     mlflow: str | None = Field(default=None, description="a server, or 'none'; default: the home's own, served here")
     mlflow_url: str | None = Field(default=None, description="where people see it; known once it runs")
     body_bytes: PositiveInt = 1 << 20
@@ -63,6 +68,14 @@ class Settings(Options):
     lease_seconds: PositiveFloat = 15.0
     poll_seconds: PositiveFloat = 0.5
     disk_reserve_bytes: PositiveInt = Field(default=GIBI // 2, description="no job is accepted below this much room")
+
+    @field_validator("backends")
+    @classmethod
+    def _known(cls, names: list[str] | None) -> list[str] | None:
+        unknown = sorted(set(names or []) - BACKENDS.keys())
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: available are {', '.join(sorted(BACKENDS))}")
+        return names
 
     @property
     def database_url(self) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -113,7 +113,20 @@ def checked_job(service: Service, who: Principal, spec: JobSpec) -> CheckedJob:
     if roots is None:
         roots = [FilePath("/")] if who.local else [settings.home / "data"]
     confine(spec, roots, settings.protocols)
-    return make_request(spec, service.home)
+    return make_request(placed(spec, settings.backends), service.home)
+
+
+def placed(spec: JobSpec, backends: Sequence[str] | None) -> JobSpec:
+    """The spec with a back-end that the service offers. Raises ``SpecError`` where it names another."""
+    execution = spec.execution
+    if backends is None:
+        return spec
+    if "backend" not in execution.model_fields_set:
+        return spec.model_copy(update={"execution": execution.model_copy(update={"backend": backends[0]})})
+    if execution.backend not in backends:
+        how = f"use {' or '.join(backends)}, or leave it out"
+        raise SpecError([Problem("execution.backend", execution.backend, "this service does not offer it", how)])
+    return spec
 
 
 def devices_of(spec: JobSpec, service: Service) -> int:

@@ -60,14 +60,18 @@ class Call(Generic[T]):
 
 def submit(spec: Spec, idempotency_key: str | None, priority: int) -> Call[JobDocument]:
     """Hand a job in. Without a key of its own the request gets one, so that sending it twice makes one job."""
-    document = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
+    document = _document(spec)
     headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
     return Call("POST", "/v1/jobs", as_model(JobDocument), {"priority": priority}, document, headers)
 
 
+def _document(spec: Spec) -> dict[str, Any]:
+    """Only what was said: the rest is the service's to choose."""
+    return spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
+
+
 def plan(spec: Spec) -> Call[dict[str, Any]]:
-    document = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
-    return Call("POST", "/v1/plan", as_document, body=document)
+    return Call("POST", "/v1/plan", as_document, body=_document(spec))
 
 
 def jobs(states: Iterable[str], name: str | None, owner: str | None, limit: int, cursor: str | None) -> Call[JobPage]:

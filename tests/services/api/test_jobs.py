@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from launcher.spec import JobSpec
+from launcher.spec import JobSpec, parse_spec
 from launcher.states import JobState
+from services.client import calls
+from services.settings import Settings
 from services.store.jobs import Change, Observation
 from services.store.leases import DISPATCHER
 from tests.services.api.conftest import Api
+from tests.services.running import text_files, tiny_job
 
 PROBLEM = "application/problem+json"
 
@@ -195,3 +199,24 @@ def test_a_full_disk_accepts_nothing(tmp_path: Path) -> None:
     answer = api.http.post("/v1/jobs", json=api.spec)
     assert answer.status_code == 507
     assert "full" in answer.json()["detail"]
+
+
+def test_the_operator_says_where_jobs_run(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "profiles.yaml").write_text("default: {ray: {address: 'http://127.0.0.1:8265'}}")
+    api = Api(tmp_path / "home", backends=["ray", "local"])
+    silent, local = api.submit(), api.submit(execution={"backend": "local", "devices": 1})
+    found = {job: api.http.get(f"/v1/jobs/{job}").json()["spec"]["execution"]["backend"] for job in (silent, local)}
+    assert found == {silent: "ray", local: "local"}
+    refused = api.http.post("/v1/jobs", json={**api.spec, "execution": {"backend": "slurm"}})
+    assert refused.status_code == 422
+    (error,) = refused.json()["errors"]
+    assert error["pointer"] == "#/execution/backend"
+    assert "this service does not offer it; use ray or local, or leave it out" in error["detail"]
+    with pytest.raises(ValidationError, match="cloud: available are"):
+        Settings(home=tmp_path, backends=["cloud"])
+
+
+def test_a_client_leaves_open_what_its_job_does_not_say(tmp_path: Path) -> None:
+    document = tiny_job(text_files(tmp_path))
+    assert calls.submit(parse_spec(document), None, 0).body == document
