@@ -59,6 +59,8 @@ class Node:
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--dashboard-agent-listen-port=0"]
         # Workers listen wherever there is room: another job's node may be on this machine.
         command += ["--min-worker-port=0", "--max-worker-port=0"]
+        # Processes write their own logs, and nothing scales.
+        command += ["--include-log-monitor=false", "--no-monitor"]
         if not self.is_head:
             return [*command, f"--address={self.address}"]
         host, _, port = self.address.rpartition(":")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from launcher.backends.ray import JobsApi
 from launcher.environment import loopback_interface
 
 UP_SECONDS = 120.0
+TRIES = 3
 CPUS = 2
 OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -42,6 +43,23 @@ class RayCluster:
 @contextmanager
 def ray_cluster() -> Iterator[RayCluster]:
     """Up inside the block; it asks for a token."""
+    with ExitStack() as stack:
+        for attempt in range(TRIES):
+            try:
+                cluster = stack.enter_context(_cluster())
+                break
+            except NotUp:  # Ray gives its servers thirty seconds, which may be too few on a busy machine
+                if attempt + 1 == TRIES:
+                    raise
+        yield cluster
+
+
+class NotUp(RuntimeError):
+    """Ray's servers have ended, or do not answer."""
+
+
+@contextmanager
+def _cluster() -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
     token_file = folder / "token"
     token_file.write_text(secrets.token_hex(32), encoding="ascii")
@@ -52,7 +70,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         cluster = RayCluster(f"http://127.0.0.1:{dashboard}", token_file)
         _await(f"127.0.0.1:{port}", cluster, nodes)
         nodes.append(_start(folder, "second", [f"--address=127.0.0.1:{port}"]))
-        _await_agent(cluster)
+        _await_agent(cluster, nodes)
         yield cluster
     finally:
         for node in reversed(nodes):
@@ -74,7 +92,7 @@ def _start(folder: Path, name: str, arguments: list[str]) -> "subprocess.Popen[b
     environment |= {"GLOO_SOCKET_IFNAME": loopback_interface(), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={CPUS}", *arguments]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    command += ["--dashboard-agent-listen-port=0"]
+    command += ["--dashboard-agent-listen-port=0", "--include-log-monitor=false", "--no-monitor"]
     with open(folder / f"{name}.log", "ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -85,7 +103,8 @@ def _await(address: str, cluster: RayCluster, nodes: "list[subprocess.Popen[byte
     headers = {"Authorization": f"Bearer {cluster.token_file.read_text()}"}
     deadline = time.monotonic() + UP_SECONDS
     while time.monotonic() < deadline:
-        assert nodes[0].poll() is None, f"Ray's head at {address} has ended"
+        if nodes[0].poll() is not None:
+            raise NotUp(f"Ray's head at {address} has ended")
         try:
             answer = httpx2.get(f"{cluster.address}/api/jobs/", headers=headers, timeout=5, trust_env=False)
         except httpx2.TransportError:
@@ -94,20 +113,20 @@ def _await(address: str, cluster: RayCluster, nodes: "list[subprocess.Popen[byte
         if answer.is_success:
             return
         time.sleep(0.2)
-    raise TimeoutError(f"no Jobs API at {cluster.address}")
+    raise NotUp(f"no Jobs API at {cluster.address}")
 
 
-def _await_agent(cluster: RayCluster) -> None:
+def _await_agent(cluster: RayCluster, nodes: "list[subprocess.Popen[bytes]]") -> None:
     """The Jobs API answers before there is anybody to run a job."""
     jobs = JobsApi(cluster.address, cluster.token_file)
     deadline = time.monotonic() + UP_SECONDS
     while True:
         try:
-            jobs.submit({"submission_id": "first", "entrypoint": "true"})
+            jobs.submit({"submission_id": f"first-{secrets.token_hex(4)}", "entrypoint": "true"})
             return
-        except BackendUnavailable:
-            if time.monotonic() > deadline:
-                raise
+        except BackendUnavailable as error:
+            if time.monotonic() > deadline or any(node.poll() is not None for node in nodes):
+                raise NotUp(str(error)) from error
             time.sleep(0.5)
 
 

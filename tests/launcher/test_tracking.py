@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from launcher.tracking import (
 )
 from launcher.tracking_feed import EXPERIMENT, NOTE_TAG, RUN_TAG, Cursor, Feeder, TrackedJob
 from launcher.tracking_records import JOB, Translation, flatten, perplexity
+from launcher.tracking_store import make_store
 from launcher.tracking_text import summary
 
 STEPS = 1200  # of the large candidate: more points than MLflow takes in one request
@@ -396,3 +399,33 @@ def test_summary_lists_the_frontier_by_size() -> None:
     assert text.index("| c/tiny | 100 B | 7 |") < text.index("| c/big | 900 B | 7 |")
     assert "c/lost" not in text
     assert "| c | 5,000 | T2×P1×D1 lean | 7 |" in text
+
+
+def test_a_store_is_made_once_and_whole_however_many_come_at_once(tmp_path: Path, empty_store: Path) -> None:
+    """Also where one that was killed at it has left something. MLflow's own way ends with tables that nobody opens."""
+    path = tmp_path / "mlflow" / "mlflow.db"
+    path.parent.mkdir()
+    path.with_suffix(".draft").write_bytes(empty_store.read_bytes()[:8192])
+    path.with_suffix(".copy").write_bytes(b"half")
+    script = f"from launcher.tracking_store import make_store; make_store('sqlite:///{path}')"
+    makers = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [maker.wait(200) for maker in makers] == [0, 0]
+    with closing(sqlite3.connect(path)) as made, closing(sqlite3.connect(empty_store)) as usual:
+        for question in (
+            "SELECT version_num FROM alembic_version",
+            "SELECT type, name FROM sqlite_master ORDER BY name",
+        ):
+            assert made.execute(question).fetchall() == usual.execute(question).fetchall()
+    assert {one.name for one in path.parent.iterdir()} == {"mlflow.db", "mlflow.lock"}
+    before = path.read_bytes()
+    make_store(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def test_a_feeder_does_not_outlive_a_parent_that_died_before_it_could_look(journal: Journal, uri: str) -> None:
+    feeder = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri]
+    process = subprocess.Popen([*feeder, "--parent", "1"])
+    try:
+        assert process.wait(200) == EXIT_DONE
+    finally:
+        process.kill()
