@@ -4,16 +4,13 @@ from pathlib import Path
 
 import typer
 
+from launcher.backends import kubernetes as k8s
+from launcher.backends.kubernetes_manifest import job_name, to_yaml
 from launcher.backends.slurm import render_job, slurm_job
 from launcher.spec import load_spec
 from services.terminal import DEFAULT_HOME, HomeOption, JobFileArgument, home_at
 
 render = typer.Typer(help="Show what a back-end would be given for a job.", no_args_is_help=True)
-
-
-@render.callback()
-def _choose() -> None:
-    """Keeps the back-end's name part of the command while there is one."""
 
 
 @render.command(name="slurm")
@@ -22,6 +19,17 @@ def slurm(job_file: JobFileArgument, home: HomeOption = DEFAULT_HOME) -> None:
     spec, root = load_spec(job_file), home_at(home)
     job_id = f"{spec.name}-JOB"
     typer.echo(render_job(spec, root.root, slurm_job(spec, root.journal(job_id), job_id, Path.cwd())), nl=False)
+
+
+@render.command(name="kubernetes")
+def kubernetes(job_file: JobFileArgument, home: HomeOption = DEFAULT_HOME) -> None:
+    """Print the RayJob of a job, with JOB where its id will be. Nothing is submitted."""
+    spec, root = load_spec(job_file), home_at(home)
+    job_id = f"{spec.name}-JOB"
+    journal, profile = root.journal(job_id), k8s.kubernetes_profile(root.root, spec.execution.profile)
+    name = job_name(job_id, journal.directory, epoch=1)
+    job = k8s.kubernetes_job(spec, journal, job_id, name, Path.cwd())
+    typer.echo(to_yaml(k8s.render_job(spec, profile, job)), nl=False)
 
 
 def register(app: typer.Typer) -> None:
