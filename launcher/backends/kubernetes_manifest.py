@@ -122,7 +122,7 @@ def render(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesPr
 
 def to_yaml(manifest: dict[str, Any]) -> str:
     """The manifest as ``kubectl`` reads it."""
-    return yaml.safe_dump(manifest, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def _queue_labels(options: KubernetesOptions, profile: KubernetesProfile) -> dict[str, str]:
@@ -140,7 +140,7 @@ def _start_parameters(job: KubernetesJob, options: KubernetesOptions) -> dict[st
 
 
 def _entrypoint(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesProfile) -> str:
-    """The coordinator under :mod:`launcher.attend`; one line of ``sh``.
+    """The coordinator under :mod:`launcher.attend`, for ``sh``.
 
     A file says that it lives. One that is left over tells that an earlier life of this submission was cut off (the
     head's pod was lost): the submission ends then, and the dispatcher decides. After a suspension, for which pods wait
@@ -149,25 +149,35 @@ def _entrypoint(job: KubernetesJob, options: KubernetesOptions, profile: Kuberne
     coordinator = [profile.python, "-m", job.module, str(job.journal), "--address", "auto"]
     coordinator += ["--nodes", str(options.nodes)]
     coordinator += ["--devices", str(job.devices)] if job.devices else []
-    command = shlex.join([profile.python, "-m", "launcher.attend", str(job.stop_file), *coordinator])
+    command = f'{shlex.quote(profile.python)} -m launcher.attend "$stop" {shlex.join(coordinator)}'
     folder, log = shlex.quote(str(job.working_directory)), shlex.quote(str(job.log))
-    stop, alive = shlex.quote(str(job.stop_file)), shlex.quote(str(job.alive_file))
-    again = f"exit {TEMPORARY_EXIT_CODE}"
-    return (
-        f"cd {folder} || {again}; if [ -e {alive} ]; then rm -f {alive}; {again}; fi; rm -f {stop}; : > {alive};"
-        f" trap : TERM; {command} >> {log} 2>&1; code=$?; rm -f {alive}; exit $code"
-    )
+    return f"""{_files(job)}
+cd {folder} || exit {TEMPORARY_EXIT_CODE}
+# Left by a life that was cut off: whoever submitted this decides what follows.
+if [ -e "$alive" ]; then rm -f "$alive"; exit {TEMPORARY_EXIT_CODE}; fi
+rm -f "$stop"
+: > "$alive"
+trap : TERM
+{command} >> {log} 2>&1
+code=$?
+rm -f "$alive"
+exit $code
+"""
 
 
 def _before_the_end(job: KubernetesJob, options: KubernetesOptions) -> list[str]:
     """Whatever takes a pod away (a drained node, a preemption): checkpoints are written first."""
-    stop, alive = shlex.quote(str(job.stop_file)), shlex.quote(str(job.alive_file))
-    script = (
-        f"if [ -e {alive} ]; then touch {stop}; fi; n=0;"
-        f" while [ -e {alive} ] && [ $n -lt {options.checkpoint_seconds} ]; do n=$((n+1)); sleep 1; done;"
-        " ray stop"
-    )
+    script = f"""{_files(job)}
+if [ -e "$alive" ] && [ ! -e "$stop" ]; then touch "$stop"; fi
+seconds=0
+while [ -e "$alive" ] && [ $seconds -lt {options.checkpoint_seconds} ]; do sleep 1; seconds=$((seconds + 1)); done
+ray stop
+"""
     return ["/bin/sh", "-c", script]
+
+
+def _files(job: KubernetesJob) -> str:
+    return f'stop={shlex.quote(str(job.stop_file))}\nalive="$stop.alive"'
 
 
 def _pod(
@@ -252,3 +262,17 @@ def _mounts(profile: KubernetesProfile) -> list[dict[str, Any]]:
 
 def _without_none(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value is not None}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Scripts as blocks, to be read."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
