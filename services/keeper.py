@@ -1,8 +1,10 @@
 """``python -m services.keeper PID COMMAND …``: runs a command that ends with its keeper, whatever ends the keeper.
 
 For programs that cannot look after that themselves. Imports nothing heavy: one of these stands beside each of them.
+When it is killed itself, the command is told to end by the kernel (on Linux).
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +14,8 @@ from types import FrameType
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0
+SIGNAL_WHEN_PARENT_DIES = 1
+"""``PR_SET_PDEATHSIG`` of Linux."""
 
 
 def main() -> int:
@@ -25,11 +29,17 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
     while child.poll() is None and not ending and os.getppid() == keeper:
         time.sleep(POLL_SECONDS)
     _end_group(child)
     return child.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes the command."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SIGNAL_WHEN_PARENT_DIES, int(signal.SIGTERM))
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

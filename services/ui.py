@@ -58,9 +58,9 @@ def mlflow_command(home: Path, port: int) -> list[str]:
     artifacts = artifacts_beside(uri)
     assert artifacts is not None, "the home's store is a SQLite file"
     artifacts.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "services.keeper", str(os.getpid()), sys.executable, "-m", "mlflow", "server"]
-    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    return [*command, "--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    command = [sys.executable, "-m", "services.keeper", str(os.getpid())]
+    command += [sys.executable, "-m", "launcher.tracking_server", uri]
+    return [*command, "--host", HOST, "--port", str(port), "--workers", "1", "--artifacts-destination", str(artifacts)]
 
 
 def mlflow_environment() -> dict[str, str]:

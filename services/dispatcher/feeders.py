@@ -31,7 +31,8 @@ class Feeders:
         """
         for job_id in sorted(unfed - set(self._running) - set(self._closing)):
             if time.monotonic() >= self._not_before.get(job_id, 0.0):
-                self._running[job_id] = FeederProcess(self._home.journal(job_id), self._home.root, self._uri)
+                journal, once = self._home.journal(job_id), job_id not in active
+                self._running[job_id] = FeederProcess(journal, self._home.root, self._uri, once)
         for job_id in [one for one in self._running if one not in active]:
             self._closing[job_id] = self._threads.submit(self._running.pop(job_id).close, CLOSE_SECONDS)
         return self._harvest()

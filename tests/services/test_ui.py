@@ -1,5 +1,6 @@
 """MLflow's interface on a home's store: it answers, on this machine only, and leaves nothing behind."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -46,6 +47,18 @@ def test_a_server_does_not_outlive_a_process_that_is_killed(tmp_path: Path) -> N
     finally:
         owner.kill()
         owner.wait()
+    _, alive = psutil.wait_procs(kept, timeout=30)
+    assert alive == []
+
+
+def test_a_command_ends_when_its_keeper_is_killed() -> None:
+    """As MLflow's does, which passes the signal on to its server: the port is free for the next one."""
+    keeper = subprocess.Popen([sys.executable, "-m", "services.keeper", str(os.getpid()), "sleep", "302"])
+    try:
+        kept = _wait_for_names(psutil.Process(keeper.pid), {"sleep"})
+    finally:
+        keeper.kill()
+        keeper.wait()
     _, alive = psutil.wait_procs(kept, timeout=30)
     assert alive == []
 
