@@ -24,7 +24,11 @@ from launcher.policy import TEMPORARY_EXIT_CODE
 
 HEAD_SECONDS = 180.0
 """How long nodes wait for the head to come up."""
+LOST_HEAD_SECONDS = 60.0
+"""How long they wait for one that was there; a head that has done its work says so."""
+HEAD_TRIES = 3
 PATIENCE_SECONDS = 10.0
+KILLED = 128 + signal.SIGKILL
 OBJECT_STORE_BYTES = 256 * 2**20
 """Only small messages pass through Ray; tensors travel through files and collectives."""
 NODE_NAME = "SLURMD_NODENAME"
@@ -46,6 +50,11 @@ class Node:
     module: str
     ray_dir: Path
     stop_file: Path
+
+    @property
+    def done_file(self) -> Path:
+        """Appears when the head has done its work."""
+        return Path(f"{self.stop_file}.done")
 
     @property
     def is_head(self) -> bool:
@@ -82,31 +91,43 @@ def run(node: Node) -> int:
     try:
         return _lead(node) if node.is_head else _follow(node)
     finally:
+        if node.is_head:
+            node.done_file.touch()
         shutil.rmtree(node.ray_dir, ignore_errors=True)
 
 
 def _lead(node: Node) -> int:
-    with _servers(node) as servers:
-        deadline = time.monotonic() + HEAD_SECONDS
-        while not listens(node.address):
-            if servers.poll() is not None or time.monotonic() > deadline:
-                print(f"Ray's head did not come up at {node.address}", file=sys.stderr, flush=True)
-                return TEMPORARY_EXIT_CODE
-            time.sleep(0.2)
-        return attend(node.coordinator_command(), node.stop_file, lambda: servers.poll() is None)
+    """Servers that do not come up, as on a busy machine, or end under the coordinator, are started again."""
+    for _ in range(HEAD_TRIES):
+        with _servers(node) as servers:
+            if _comes_up(node, servers):
+                code = attend(node.coordinator_command(), node.stop_file, lambda: servers.poll() is None)
+                if servers.poll() is None or code != KILLED:
+                    return code
+        print(f"Ray's head at {node.address} has ended, or did not come up", file=sys.stderr, flush=True)
+    return TEMPORARY_EXIT_CODE
+
+
+def _comes_up(node: Node, servers: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + HEAD_SECONDS
+    while not listens(node.address):
+        if servers.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _follow(node: Node) -> int:
     """Ray's servers may also end by themselves, or not come up: the job gets its node back then."""
     deadline = time.monotonic() + HEAD_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not node.done_file.exists():
         if not listens(node.address):
             time.sleep(0.5)
             continue
         with _servers(node) as servers:
             while servers.poll() is None and listens(node.address):
                 time.sleep(1.0)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + LOST_HEAD_SECONDS
     return 0
 
 

@@ -122,7 +122,7 @@ trap 'touch "$stop"' TERM
 until wait "$step"; ! kill -0 "$step" 2> /dev/null; do :; done
 wait "$step"
 code=$?
-rm -f "$stop"
+rm -f "$stop" "$stop.done"
 
 if [ "$requeue" = yes ]; then
     case $code in

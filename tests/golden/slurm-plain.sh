@@ -38,7 +38,7 @@ step=$!
 until wait "$step"; ! kill -0 "$step" 2> /dev/null; do :; done
 wait "$step"
 code=$?
-rm -f "$stop"
+rm -f "$stop" "$stop.done"
 
 if [ "$requeue" = yes ]; then
     case $code in
