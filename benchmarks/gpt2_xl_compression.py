@@ -3,10 +3,10 @@
 The checkpoint is one that two tensor-parallel ranks wrote after a step of training (``gpt2_xl.py``). The job names it
 as its source, and calibrates, solves, assembles and evaluates through the coordinator; nothing is exported. Memory is
 the largest resident set of every process of the job (VmHWM, read while it runs); no process may need 4 GiB. Not part
-of ``make bench``: making the checkpoint needs 16 GiB, and the job takes the better part of an hour on two cores.
-Writes ``results/gpt2_xl_compression.json``.
+of ``make bench``: making the checkpoint needs 16 GiB, and the job takes the better part of an hour on two cores; with
+``--work`` it can be interrupted and continued. Writes ``results/gpt2_xl_compression.json``.
 
-    python benchmarks/gpt2_xl_compression.py [--devices 2] [--work DIR]
+    python benchmarks/gpt2_xl_compression.py [--devices 2] [--work DIR [--continue JOB]]
 """
 
 import argparse
@@ -46,9 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--work", type=Path, default=None, help="keep checkpoint and job here")
+    parser.add_argument("--continue", dest="job", metavar="JOB", help="go on with a job of --work")
     options = parser.parse_args()
     if options.work is not None:
-        document = measure(options.work, options.devices)
+        document = measure(options.work, options.devices, options.job)
     else:
         with tempfile.TemporaryDirectory(prefix="gpt2-xl-") as work:
             document = measure(Path(work), options.devices)
@@ -58,11 +59,13 @@ def main() -> None:
         sys.exit("the job failed, or a process needed 4 GiB or more")
 
 
-def measure(work: Path, devices: int) -> dict[str, Any]:
-    """Run the job and watch its processes."""
+def measure(work: Path, devices: int, continued: str | None = None) -> dict[str, Any]:
+    """Run the job and watch its processes; what was seen before an interruption counts."""
     source = checkpoint(work)
     home = Home(work / "home")
-    journal = create_job(JobSpec.model_validate(job(source, devices)), home)
+    journal = home.journal(continued) if continued else create_job(JobSpec.model_validate(job(source, devices)), home)
+    notes = work / f"{journal.job_id}.json"
+    before = json.loads(notes.read_text()) if notes.exists() else {"seconds": 0.0, "peaks": {}, "lives": 0}
     watcher = Watcher()
     watcher.start()
     started = time.monotonic()
@@ -71,17 +74,21 @@ def measure(work: Path, devices: int) -> dict[str, Any]:
     finally:
         watcher.stop.set()
         watcher.join()
+        seconds = before["seconds"] + time.monotonic() - started
+        peaks = before["peaks"] | watcher.peaks
+        notes.write_text(json.dumps({"seconds": seconds, "peaks": peaks, "lives": before["lives"] + 1}))
     result = result_document(journal)
     return {
         "state": result["state"],
         "error": result["error"],
         "devices": devices,
         "load_average_after": os.getloadavg()[0],
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
+        "interruptions": before["lives"],
         "stage_seconds": {name: round(value, 1) for name, value in result["stages"].items()},
-        "peak_bytes": max(watcher.peaks.values()),
+        "peak_bytes": max(peaks.values()),
         "peak_gib_by_process": {
-            name: round(value / GIB, 3) for name, value in sorted(watcher.peaks.items(), key=lambda row: -row[1])[:6]
+            name: round(value / GIB, 3) for name, value in sorted(peaks.items(), key=lambda row: -row[1])[:6]
         },
         "checkpoint_files": sorted(path.name for path in source.iterdir()),
         "variants": {
