@@ -30,6 +30,9 @@ SILENT_SECONDS = 60.0
 IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 MISSING = "the back-end kubernetes needs its client: pip install 'espalier-service[kubernetes]'"
 
+JSON = "application/json"
+"""Said aloud: the client leaves it out for custom objects."""
+
 Document = dict[str, Any]
 
 
@@ -83,7 +86,11 @@ class KubernetesApi:
     def create(self, manifest: Document) -> Document:
         """Make a RayJob; unknown fields are refused. Raises :class:`Taken` where there is one of that name."""
         return self._of_ray(
-            self._objects.create_namespaced_custom_object, body=manifest, field_validation="Strict", plural=RAY_JOBS
+            self._objects.create_namespaced_custom_object,
+            body=manifest,
+            field_validation="Strict",
+            plural=RAY_JOBS,
+            _content_type=JSON,
         )
 
     def get(self, name: str) -> Document | None:
@@ -130,7 +137,8 @@ class KubernetesApi:
             "preconditions": {"uid": uid},
         }
         try:
-            self._of_ray(self._objects.delete_namespaced_custom_object, name=name, body=body, plural=RAY_JOBS)
+            call = self._objects.delete_namespaced_custom_object
+            self._of_ray(call, name=name, body=body, plural=RAY_JOBS, _content_type=JSON)
         except (_NotFoundError, Taken):
             return  # it is gone, and perhaps another one has its name
 
@@ -189,9 +197,9 @@ class KubernetesApi:
             answer = call(**arguments, _preload_content=False)
             if answer.status < HTTPStatus.BAD_REQUEST:
                 if not arguments.get("watch"):
-                    answer.read()
+                    assert answer.data is not None  # reads it, inside of this block
                 return answer
-            told = _message(answer.read())
+            told = _message(answer.data)
         except HTTPError as error:
             raise BackendUnavailable(f"{self._where} does not answer: {error}") from error
         raise self._refusal(answer.status, told)

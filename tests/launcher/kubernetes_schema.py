@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def kuberay_refuses(document: dict[str, Any]) -> str | None:
     return None
 
 
+@lru_cache
 def crd(plural: str) -> dict[str, Any] | None:
     """The schema of a resource's ``v1``, with unknown fields refused; None where the schemas are not there."""
     path = SCHEMAS / f"kuberay-v1.7-{plural}.crd.yaml.gz"
