@@ -2,6 +2,7 @@
 
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def find_job(home: Home, name: str) -> Journal:
     raise JobError(f"job {name!r} {problem} under {home.path}: name one of {known}")
 
 
+def say_on_stderr(reason: str) -> None:
+    """One line for whoever waits with the job."""
+    print(f"waiting: {reason}", file=sys.stderr, flush=True)
+
+
 def run_job(
     home: Home,
     job_id: str,
@@ -83,7 +89,7 @@ def run_job(
     *,
     tracking: str | None = NO_TRACKING,
     poll: Callable[[], None] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = say_on_stderr,
 ) -> JobState:
     """Have the job worked on until it rests, and return the state it rests in; a coordinator that dies is replaced.
 
