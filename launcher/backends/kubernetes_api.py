@@ -30,7 +30,7 @@ SILENT_SECONDS = 60.0
 IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 MISSING = "the back-end kubernetes needs its client: pip install 'espalier-service[kubernetes]'"
 
-JSON = "application/json"
+JSON = {"Content-Type": "application/json"}
 """Said aloud: the client leaves it out for custom objects."""
 
 Document = dict[str, Any]
@@ -90,7 +90,7 @@ class KubernetesApi:
             body=manifest,
             field_validation="Strict",
             plural=RAY_JOBS,
-            _content_type=JSON,
+            _headers=dict(JSON),
         )
 
     def get(self, name: str) -> Document | None:
@@ -138,7 +138,7 @@ class KubernetesApi:
         }
         try:
             call = self._objects.delete_namespaced_custom_object
-            self._of_ray(call, name=name, body=body, plural=RAY_JOBS, _content_type=JSON)
+            self._of_ray(call, name=name, body=body, plural=RAY_JOBS, _headers=dict(JSON))
         except (_NotFoundError, Taken):
             return  # it is gone, and perhaps another one has its name
 
@@ -190,6 +190,7 @@ class KubernetesApi:
         yield from json.loads(self._send(call, namespace=self._namespace, **arguments).data)["items"]
 
     def _send(self, call: Callable[..., Any], **arguments: Any) -> Any:
+        from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         arguments.setdefault("_request_timeout", (CONNECT_SECONDS, ANSWER_SECONDS))
@@ -199,10 +200,14 @@ class KubernetesApi:
                 if not arguments.get("watch"):
                     assert answer.data is not None  # reads it, inside of this block
                 return answer
-            told = _message(answer.data)
+            status, body = answer.status, answer.data
         except HTTPError as error:
             raise BackendUnavailable(f"{self._where} does not answer: {error}") from error
-        raise self._refusal(answer.status, told)
+        except ApiException as error:
+            if not error.status:  # what TLS has against it
+                raise BackendUnavailable(f"{self._where} does not answer: {error.reason}") from error
+            status, body = int(error.status), error.body or error.data or ""
+        raise self._refusal(status, _message(body))
 
     def _refusal(self, status: int, told: str) -> Exception:
         if status == HTTPStatus.GONE:
@@ -260,9 +265,9 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield from (line for line in whole if line.strip())
 
 
-def _message(body: bytes) -> str:
+def _message(body: bytes | str) -> str:
     """What a ``Status`` says, or whatever else was answered, in one line."""
-    text = body.decode("utf-8", errors="replace").strip()
+    text = (body.decode("utf-8", errors="replace") if isinstance(body, bytes) else str(body)).strip()
     try:
         document = json.loads(text)
     except json.JSONDecodeError:

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -70,7 +71,7 @@ class ApiServer:
         self.events: list[Event] = []
         self.cut = 0
         self.schema = crd("rayjobs")
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -137,6 +138,14 @@ class ApiServer:
         self.end_watches()
         self.http.shutdown()
         self.http.server_close()
+
+
+class _Quiet(ThreadingHTTPServer):
+    """Clients that go away in the middle are part of the tests."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def role_of(path: Path = ROOT / "deploy" / "kubernetes" / "base" / "rbac.yaml") -> set[tuple[str, str, str]]:
