@@ -13,19 +13,20 @@ import typer
 
 from compression.recipe import grid
 from compression.report import draw
-from launcher.jobs import Home, JobError, collect_garbage, find_job, list_jobs, run_job, stop_job
+from launcher.jobs import Home, JobError, collect_garbage, find_job, list_jobs
 from launcher.journal import Journal, StaleEpochError
 from launcher.problems import SpecError
 from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import JobState
 from launcher.tracking import EXIT_DONE, default_uri, page_url
-from services import operator_commands, render_commands, service_commands, tables
+from services import continuing, operator_commands, render_commands, service_commands, tables
 from services.demonstration import demo_job
 from services.dryrun import DryRunError, dry_run
 from services.foreground import Work, run_in_foreground
 from services.lookup import ask_service, look, with_service_rows
 from services.outcome import first_lines, say_how_it_ended, show_result
+from services.place import ServiceError
 from services.presets import preset_rows
 from services.progress import display_for
 from services.submission import (
@@ -35,7 +36,6 @@ from services.submission import (
     make_request,
     named_cluster,
     plan_elsewhere,
-    refuse_another_spec,
     submit,
 )
 from services.terminal import (
@@ -55,8 +55,6 @@ from services.terminal import (
     stdout,
 )
 from services.ui import choose_port, mlflow_server
-from services.up import ServiceError
-from services.web.frontier import frontier_page
 
 DEMO = Path(__file__).parent / "demo.yaml"
 
@@ -105,12 +103,12 @@ def run(
     if continued is not None:
         journal = find_job(home_at(home), continued)
         if job_file is not None:
-            refuse_another_spec(load_spec(job_file), journal.spec())
+            continuing.refuse_another_job(load_spec(job_file), journal)
     elif job_file is not None:
         journal = submit(make_request(load_spec(job_file), home_at(home)), home_at(home))
     else:
         raise ValueError("name a job file, or a job with --continue")
-    _work(journal, home_at(home), _supervised(journal, home_at(home), tracking), as_json, job_file)
+    _work(journal, home_at(home), continuing.continued(journal, home_at(home), tracking), as_json, job_file)
 
 
 @app.command()
@@ -135,7 +133,7 @@ def compress(
     asked = Grid(prune or [], sparsity or [], quantize or [], bits or [], group_size)
     spec = compression_job(source, text or [STANDARD_TEXT], sequence_length, asked)
     journal = submit(make_request(spec, home_at(home)), home_at(home))
-    _work(journal, home_at(home), _supervised(journal, home_at(home), tracking), as_json, job_file=None)
+    _work(journal, home_at(home), continuing.supervised(journal, home_at(home), tracking), as_json, job_file=None)
 
 
 @app.command()
@@ -188,6 +186,8 @@ def frontier(
         draw(variants, png, title=f"{result['name']}: quality against size at the same training budget")
         stderr.print(f"figure written to {png}")
     if html is not None:
+        from services.web.frontier import frontier_page
+
         html.write_text(frontier_page(result["name"], variants).html, encoding="utf-8")
         stderr.print(f"page written to {html}")
     if as_json:
@@ -292,12 +292,6 @@ def gc(
     for one in found:
         stdout.print(f"{one.job_id}: {one.what}, {tables.sized(one.bytes)}")
     stdout.print(f"{tables.sized(total)} {'would be' if dry else 'were'} freed")
-
-
-def _supervised(journal: Journal, home: Home, tracking: str | None) -> Work:
-    """A job that this process keeps going by itself."""
-    job_id = journal.job_id
-    return Work(lambda: run_job(home, job_id, tracking=tracking), lambda: stop_job(home, job_id))
 
 
 def _work(journal: Journal, home: Home, work: Work, as_json: bool, job_file: Path | None) -> None:

@@ -1,20 +1,20 @@
-"""Commands of those who run a service: up, keys, webhooks, reindex, backup."""
+"""Commands of those who run a service: up, keys, webhooks, reindex, backup.
+
+What works with the job store is imported by the commands that do: loading SQLAlchemy takes a second.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from services import serve
-from services.reindex import back_up, reindex
 from services.settings import load_settings
-from services.store.database import Database
-from services.store.keys import ROLES, KeyStore
-from services.store.webhooks import Webhooks
+from services.store.roles import ROLES
 from services.terminal import (
     DEFAULT_HOME,
     HomeOption,
@@ -25,7 +25,9 @@ from services.terminal import (
     stderr,
     stdout,
 )
-from services.up import bring_up
+
+if TYPE_CHECKING:
+    from services.store.database import Database
 
 DatabaseOption = Annotated[
     str | None, typer.Option("--database", metavar="URL", help="The job store. [default: SQLite in the home]")
@@ -43,6 +45,8 @@ def up(
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """Serve the REST API, run its jobs and show MLflow, all on this machine, until Ctrl-C."""
+    from services.up import bring_up
+
     settings = load_settings(home, host=host, port=port, database=database, mlflow=tracking)
     bring_up(settings, port, lambda line: stderr.print(line, markup=False))
 
@@ -51,6 +55,8 @@ def reindex_command(
     database: DatabaseOption = None, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:
     """Rebuild what the job store says of jobs from their journals, also after it was lost. With the service down."""
+    from services.reindex import reindex
+
     with _store(home, database) as store:
         rebuilt = reindex(store, home_at(home))
     if as_json:
@@ -64,6 +70,8 @@ def backup(
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """Copy the job store (SQLite) into a file, also while the service is up."""
+    from services.reindex import back_up
+
     back_up(load_settings(home).database_url, target)
     stderr.print(
         f"the job store is in {target}; the journals are copied as files: {home_at(home).jobs_dir}", markup=False
@@ -71,8 +79,10 @@ def backup(
 
 
 @contextmanager
-def _store(home: Path, database: str | None) -> Iterator[Database]:
+def _store(home: Path, database: str | None) -> "Iterator[Database]":
     """The job store of a home, with its tables up to date."""
+    from services.store.database import Database
+
     found = Database(load_settings(home, database=database).database_url)
     found.migrate()
     try:
@@ -96,6 +106,8 @@ def create_key(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, once: what is kept of it only tells whether one that is shown is right."""
+    from services.store.keys import KeyStore
+
     known = next((one for one in ROLES if one == role), None)
     if known is None:
         raise ValueError(f"role {role!r} is unknown: use one of {', '.join(ROLES)}")
@@ -120,6 +132,8 @@ def create_key(
 @keys.command(name="list")
 def list_keys(database: DatabaseOption = None, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """List all keys, without what makes them keys."""
+    from services.store.keys import KeyStore
+
     with _store(home, database) as store:
         rows = KeyStore(store).all()
     fields = ("id", "name", "owner", "role", "created", "expires", "revoked")
@@ -146,6 +160,8 @@ def revoke_key(
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """End a key at once."""
+    from services.store.keys import KeyStore
+
     with _store(home, database) as store:
         if not KeyStore(store).revoke(key):
             raise ValueError(f"key {key!r} is unknown, or was revoked before: espalier keys list names them")
@@ -162,6 +178,8 @@ def add_webhook(
     """Tell the changes of state of an owner's jobs; the secret that signs the messages is shown once."""
     if not url.startswith(("https://", "http://")):
         raise ValueError(f"{url!r}: write https://HOST/PATH")
+    from services.store.webhooks import Webhooks
+
     with _store(home, database) as store:
         row = Webhooks(store).add(owner, url)
     stderr.print(f"webhook {row.id} for the jobs of {owner}; its secret:", markup=False)
@@ -171,6 +189,8 @@ def add_webhook(
 @webhooks.command(name="list")
 def list_webhooks(database: DatabaseOption = None, home: HomeOption = DEFAULT_HOME) -> None:
     """List all webhooks."""
+    from services.store.webhooks import Webhooks
+
     with _store(home, database) as store:
         for row in Webhooks(store).all():
             stdout.print(f"{row.id}  {row.owner}  {row.url}", markup=False)
@@ -183,6 +203,8 @@ def remove_webhook(
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """End a webhook, with the messages that wait for it."""
+    from services.store.webhooks import Webhooks
+
     with _store(home, database) as store:
         if not Webhooks(store).remove(webhook):
             raise ValueError(f"webhook {webhook!r} is unknown: espalier webhooks list names them")

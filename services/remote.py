@@ -16,8 +16,8 @@ from launcher.view import JobView
 from services.api.documents import JobDocument, JobWithSpec
 from services.client import Client, ServiceError
 from services.foreground import REFRESH_SECONDS
+from services.place import running_url
 from services.progress import Display
-from services.up import running_url
 
 CONTROL = {code: None for code in range(32) if chr(code) not in "\n\t"}
 """Terminals obey some of these; a log that holds them is not to."""

@@ -6,15 +6,16 @@ an environment or on a command line.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.place import ServiceError
 from services.settings import Settings, load_settings
-from services.store.database import Database
-from services.store.keys import KeyStore
 from services.terminal import DEFAULT_HOME, HomeOption, TrackingOption, stdout
-from services.up import ServiceError, check_guard
+
+if TYPE_CHECKING:
+    from services.store.database import Database
 
 serve = typer.Typer(help="Run one part of the service by itself, as in a container.", no_args_is_help=True)
 
@@ -37,6 +38,8 @@ def serve_api(
 ) -> None:
     """Answer the REST API and show the status page, until SIGTERM."""
     from services.api.__main__ import run_api
+    from services.store.database import Database
+    from services.up import check_guard
 
     settings = _served(load_settings(home, host=host, port=port, database=database, mlflow=tracking))
     database_ = Database(settings.database_url)
@@ -54,6 +57,7 @@ def serve_dispatcher(
 ) -> None:
     """Start jobs and look after them, until SIGTERM; jobs go on without it. Several may run: one of them leads."""
     from services.dispatcher.__main__ import run_dispatcher
+    from services.store.database import Database
 
     settings = _served(load_settings(home, database=database, mlflow=tracking))
     store = Database(settings.database_url)
@@ -62,8 +66,10 @@ def serve_dispatcher(
     run_dispatcher(settings)
 
 
-def adopt_key(database: Database, path: Path) -> None:
+def adopt_key(database: "Database", path: Path) -> None:
     """Let the key in a file be an administrator's. Raises :class:`ServiceError` for a file that holds none."""
+    from services.store.keys import KeyStore
+
     try:
         KeyStore(database).adopt(path.read_text(encoding="ascii").strip(), "deployment", "admin", "admin")
     except (OSError, ValueError) as error:
@@ -72,6 +78,8 @@ def adopt_key(database: Database, path: Path) -> None:
 
 def print_token() -> None:
     """Make a key's text without keeping it anywhere: for the file that espalier serve api reads."""
+    from services.store.keys import KeyStore
+
     stdout.print(KeyStore.token(), markup=False)
 
 

@@ -18,15 +18,14 @@ import psutil
 
 from launcher.environment import python_path
 from launcher.jobs import NO_TRACKING
-from launcher.journal import is_process
 from services.foreground import Interrupts
+from services.place import FOLDER, LOCK, PLACE, ServiceError
 from services.settings import Settings
 from services.store.database import Database
 from services.store.keys import KeyStore
 from services.ui import HOST, choose_port, mlflow_command, mlflow_environment
 
 USUAL_PORT = 8700
-FOLDER, LOCK, PLACE = "service", "lock", "running.json"
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.3
@@ -34,10 +33,6 @@ CALM_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 Say = Callable[[str], None]
-
-
-class ServiceError(RuntimeError):
-    """The service cannot be brought up, or is not there."""
 
 
 @dataclass
@@ -240,15 +235,6 @@ def bring_up(settings: Settings, port: int | None, say: Say) -> None:
         say("ending: running jobs write their checkpoints first; interrupt again to leave them running")
         service.stop(impatient=lambda: interrupts.count > 1)
         say("ended")
-
-
-def running_url(home: Path) -> str | None:
-    """The address of the service that is up on a home, if one is."""
-    try:
-        place = json.loads((home.expanduser().absolute() / FOLDER / PLACE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return str(place["url"]) if is_process(place["pid"], place["created"]) else None
 
 
 def shown(database_url: str) -> str:

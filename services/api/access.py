@@ -12,7 +12,7 @@ from services.api.context import Service, service_of
 from services.api.problems import Refusal
 from services.settings import LOOPBACK
 from services.store.jobs import Account, account_of
-from services.store.keys import ROLES, Role
+from services.store.roles import ROLES, Role
 
 LOCAL_OWNER = "local"
 PRIORITIES = range(-10, 11)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jwt
 
 from services.settings import OidcSettings
-from services.store.keys import ROLES, Role
+from services.store.roles import ROLES, Role
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "EdDSA")
 """Signatures only: a token signed with a shared secret, or not at all, is none."""

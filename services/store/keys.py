@@ -5,15 +5,12 @@ import hmac
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 from sqlalchemy import func, select
 
 from services.store.database import Database
+from services.store.roles import ROLES, Role
 from services.store.tables import KeyRow
-
-Role = Literal["reader", "submitter", "admin"]
-ROLES: tuple[Role, ...] = get_args(Role)
 
 PREFIX = "esp"
 LONGEST_TOKEN = 200

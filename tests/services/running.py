@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from services.client import Client
-from services.up import running_url
+from services.place import running_url
 
 ROOT = Path(__file__).resolve().parents[2]
 UP_SECONDS = 120

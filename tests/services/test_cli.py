@@ -275,6 +275,13 @@ def test_plan_says_what_a_job_takes_and_starts_nothing(tmp_path: Path) -> None:
     assert not (home / "jobs").exists()
 
 
+def test_commands_load_neither_the_job_store_nor_what_makes_pages() -> None:
+    """What `--help`, `list` and `presets` do without takes longer to load than they take to run."""
+    script = "import sys, services.cli; print(*{'sqlalchemy', 'alembic', 'jinja2', 'mako'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.split() == []
+
+
 def test_version() -> None:
     ended = espalier("--version")
     assert (ended.returncode, ended.stdout.strip()) == (0, "0.1.0")
