@@ -7,6 +7,7 @@ import typer
 from launcher.backends import kubernetes as k8s
 from launcher.backends.kubernetes_manifest import job_name, to_yaml
 from launcher.backends.slurm import render_job, slurm_job
+from launcher.profiles import KubernetesProfile, profile_named
 from launcher.spec import load_spec
 from services.terminal import DEFAULT_HOME, HomeOption, JobFileArgument, home_at
 
@@ -23,10 +24,11 @@ def slurm(job_file: JobFileArgument, home: HomeOption = DEFAULT_HOME) -> None:
 
 @render.command(name="kubernetes")
 def kubernetes(job_file: JobFileArgument, home: HomeOption = DEFAULT_HOME) -> None:
-    """Print the RayJob of a job, with JOB where its id will be. Nothing is submitted."""
+    """Print the RayJob of a job, with JOB where its id will be, and IMAGE without a profile. Nothing is submitted."""
     spec, root = load_spec(job_file), home_at(home)
     job_id = f"{spec.name}-JOB"
-    journal, profile = root.journal(job_id), k8s.kubernetes_profile(root.root, spec.execution.profile)
+    journal = root.journal(job_id)
+    profile = profile_named(root.root, spec.execution.profile).kubernetes or KubernetesProfile(image="IMAGE")
     name = job_name(job_id, journal.directory, epoch=1)
     job = k8s.kubernetes_job(spec, journal, job_id, name, Path.cwd())
     typer.echo(to_yaml(k8s.render_job(spec, profile, job)), nl=False)

@@ -201,18 +201,14 @@ def render_job(spec: JobSpec, profile: KubernetesProfile, job: KubernetesJob) ->
     return render(job, spec.execution.kubernetes or KubernetesOptions(), profile)
 
 
-def kubernetes_profile(home: Path, name: str) -> KubernetesProfile:
-    """What a profile says of Kubernetes. Raises ``ValueError`` where it says nothing."""
-    profile = profile_named(home, name).kubernetes
+def _profile(journal: Journal) -> KubernetesProfile:
+    name = journal.spec().execution.profile
+    profile = profile_named(home_of(journal), name).kubernetes
     if profile is None:
         raise ValueError(
             f"execution.profile {name!r} says of no Kubernetes cluster: the operator adds kubernetes: {{image: ...}}"
         )
     return profile
-
-
-def _profile(journal: Journal) -> KubernetesProfile:
-    return kubernetes_profile(home_of(journal), journal.spec().execution.profile)
 
 
 def _new_name(journal: Journal, api: KubernetesApi) -> str:

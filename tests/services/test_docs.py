@@ -90,7 +90,7 @@ def test_shortest_job_file_of_the_docs_is_valid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_example_can_be_planned(path: Path, tmp_path: Path) -> None:
-    elsewhere = ["--on", "h100:32"] if path.name in ("large-models.yaml", "slurm.yaml") else []
+    elsewhere = ["--on", "h100:32"] if path.name in ("large-models.yaml", "slurm.yaml", "kubernetes.yaml") else []
     ended = espalier("plan", path, "--json", "--home", tmp_path, *elsewhere)
     assert ended.returncode == 0, ended.stderr
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
