@@ -1,9 +1,10 @@
 """The API over 100,000 jobs: latencies at an open load, the rate at which it saturates, its memory.
 
 Requests come at their times whether earlier ones have been answered or not, half of them reads of one job, the others
-lists by state and by name; every latency counts from the moment the request was due.
+lists by state and by name; every latency counts from the moment the request was due. The memory is read while the API
+answers 100 requests/s for minutes; growth is the slope of a line through the second half of the readings.
 
-    python benchmarks/service/bench.py [--jobs 100000] [--seconds 15] [--database URL]
+    python benchmarks/service/bench.py [--jobs 100000] [--seconds 15] [--minutes 4] [--database URL] [--memory-only]
 """
 
 import argparse
@@ -11,11 +12,16 @@ import asyncio
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -33,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "service.json"
 STATES = [JobState.SUCCEEDED] * 90 + [JobState.FAILED] * 6 + [JobState.CANCELLED] * 3 + [JobState.PAUSED]
 LIMIT_SECONDS = 0.050
+SUSTAINED_RATE, SAMPLE_SECONDS = 100, 1.0
 
 
 def fill(database: Database, jobs: int) -> None:
@@ -110,8 +117,37 @@ async def load(url: str, rate: float, seconds: float, jobs: int) -> dict[str, fl
     return {"rate": rate, "requests": len(latencies), "errors": errors, **{k: round(v, 5) for k, v in quantile.items()}}
 
 
-def measure(database_url: str, folder: Path, jobs: int, seconds: float) -> dict[str, object]:
-    """One store."""
+class Memory(threading.Thread):
+    """Reads a process's resident set while another one keeps it busy."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.ending = threading.Event()
+        self.readings: list[tuple[float, float]] = []
+        """Seconds since the first, and megabytes."""
+        self._process = psutil.Process(pid)
+
+    def run(self) -> None:
+        """Until told to stop."""
+        started = time.monotonic()
+        while not self.ending.wait(SAMPLE_SECONDS):
+            self.readings.append((time.monotonic() - started, self._process.memory_info().rss / 1e6))
+
+    def summary(self) -> dict[str, Any]:
+        """What the second half of the readings says, and every twentieth part of all."""
+        later = self.readings[len(self.readings) // 2 :]
+        slope = statistics.linear_regression(*zip(*later, strict=True)).slope
+        every = max(1, len(self.readings) // 20)
+        return {
+            "megabytes": [round(megabytes, 1) for _, megabytes in self.readings[::every]],
+            "growth_megabytes_per_minute": round(60 * slope, 3),
+            "spread_megabytes": round(max(value for _, value in later) - min(value for _, value in later), 1),
+        }
+
+
+@contextmanager
+def serving(database_url: str, folder: Path, jobs: int) -> Iterator[tuple[str, int]]:
+    """An API over so many jobs: its address and its process."""
     database = Database(database_url)
     database.migrate()
     fill(database, jobs)
@@ -124,21 +160,31 @@ def measure(database_url: str, folder: Path, jobs: int, seconds: float) -> dict[
     try:
         _wait(url)
         asyncio.run(load(url, 50, 3, jobs))  # warm
-        before = psutil.Process(server.pid).memory_info().rss
-        rows = [asyncio.run(load(url, rate, seconds, jobs)) for rate in (50, 100, 150, 200, 250)]
-        after = psutil.Process(server.pid).memory_info().rss
+        yield url, server.pid
     finally:
         server.terminate()
         server.wait()
+
+
+def measure_loads(url: str, jobs: int, seconds: float) -> dict[str, Any]:
+    """Latencies at growing rates."""
+    rows = [asyncio.run(load(url, rate, seconds, jobs)) for rate in (50, 100, 150, 200, 250)]
     good = [row["rate"] for row in rows if row["p99"] < LIMIT_SECONDS and not row["errors"]]
     return {
-        "store": database_url.partition(":")[0],
-        "jobs": jobs,
         "loads": rows,
         "highest_rate_below_50_ms": max(good, default=None),
-        "memory_mb": [round(before / 1e6), round(after / 1e6)],
         "load_average_at_end": os.getloadavg()[0],
     }
+
+
+def measure_memory(url: str, pid: int, jobs: int, minutes: float) -> dict[str, Any]:
+    """Memory under a load that goes on."""
+    memory = Memory(pid)
+    memory.start()
+    row = asyncio.run(load(url, SUSTAINED_RATE, 60 * minutes, jobs))
+    memory.ending.set()
+    memory.join()
+    return {"minutes": minutes, **row, **memory.summary()}
 
 
 def _wait(url: str) -> None:
@@ -156,13 +202,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of the load under which memory is read")
     parser.add_argument("--database", help="an empty PostgreSQL database; default: SQLite in a temporary folder")
+    parser.add_argument("--memory-only", action="store_true", help="keep the latencies that were measured before")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="espalier-bench-") as name:
-        url = given.database or f"sqlite:///{name}/jobs.db"
-        found = measure(url, Path(name), given.jobs, given.seconds)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept[str(found["store"])] = found
+    with tempfile.TemporaryDirectory(prefix="espalier-bench-") as name:
+        store = given.database or f"sqlite:///{name}/jobs.db"
+        found = {**kept.get(store.partition(":")[0], {}), "store": store.partition(":")[0], "jobs": given.jobs}
+        with serving(store, Path(name), given.jobs) as (url, pid):
+            if not given.memory_only:
+                found |= measure_loads(url, given.jobs, given.seconds)
+            found["memory"] = measure_memory(url, pid, given.jobs, given.minutes)
+    kept[found["store"]] = found
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
