@@ -132,6 +132,7 @@ def test_many_jobs_are_followed_by_one_watch(alone: Place, server: ApiServer) ->
     for one in handles:
         server.change(one["name"], jobDeploymentStatus="Running", jobStatus="RUNNING")
     _until(lambda: all(backend.status(one).phase is Phase.RUNNING for one in handles))
+    _until(lambda: server.count("watch", "rayjobs") == 1)
     asked = len(server.requests)
     for _ in range(20):
         assert {backend.status(one).phase for one in handles} == {Phase.RUNNING}
