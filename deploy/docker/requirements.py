@@ -1,7 +1,7 @@
-"""What an image installs, from the project's own list: ``python requirements.py pyproject.toml api|worker [EXTRA ...]``.
+"""What an image installs, from the project's list: ``python requirements.py pyproject.toml api|worker [EXTRA ...]``.
 
-The API answers, checks and plans, but works on nothing: what only work needs is left out of its image. That the API does
-without it is tested (``tests/test_project.py``).
+The API answers, checks and plans, but works on nothing: what only work needs is left out of its image. That the API
+does without it is tested (``tests/test_project.py``).
 """
 
 import re

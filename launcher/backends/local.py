@@ -21,8 +21,8 @@ from launcher.environment import default_devices, own_cluster, python_path
 from launcher.journal import Journal, is_process
 
 OWN = "own"
-LONGEST_TEMP_DIR = 20
-"""Ray's sockets lie below it, and AF_UNIX paths are short."""
+LONGEST_TEMP_DIR = 17
+"""Ray's sockets lie below it, and AF_UNIX paths are short: `/esp-XXXXXXXX` follows, up to a session's limit."""
 
 
 class LocalBackend:

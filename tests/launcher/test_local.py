@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher import session
+from launcher.backends import local
 from launcher.backends.base import BACKENDS, Phase, make_backend
 from launcher.backends.local import LocalBackend, tail
 from launcher.jobs import Home, JobError, collect_garbage, create_job, find_job, list_jobs
@@ -193,3 +196,9 @@ def test_a_number_given_out_again_is_not_taken_for_the_jobs_process(tmp_path: Pa
     view = Journal(journal.directory).view()
     view.processes[node, os.getpid()]["time"] = psutil.Process().create_time() - 100
     assert local_processes(view) == []
+
+
+def test_the_longest_temporary_directory_fits_a_session() -> None:
+    made = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
+    made.rmdir()
+    assert local.LONGEST_TEMP_DIR + len(str(made)) - len("/tmp") == session.LONGEST_TEMP_DIR
