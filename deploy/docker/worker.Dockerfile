@@ -15,7 +15,7 @@ COPY deploy/docker/requirements.py deploy/docker/
 # The build for CPUs, from PyTorch's own index. Without options pip takes the build for CUDA (several GB).
 ARG TORCH_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 RUN pip install ${TORCH_OPTIONS} "$(grep '^torch==' constraints.txt)"
-RUN python3 deploy/docker/requirements.py pyproject.toml worker postgres objects > /tmp/requirements.txt \
+RUN python3 deploy/docker/requirements.py pyproject.toml worker postgres objects kubernetes > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 COPY . .
 RUN pip install --no-deps .
