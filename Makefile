@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not compiler and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not compiler and not slurm"
 
 # The optimizer on a real disk; needs a C++ compiler and libaio's headers.
 test-nvme: $(STAMP)

@@ -158,7 +158,8 @@ class Supervisor:
         """A back-end that does not answer is asked again, as long as the job is wanted."""
         while True:
             try:
-                return self._backend.find(self._journal) or self._backend.submit(self._journal)
+                earlier = self._backend.find(self._journal) if self._backend.outlives else None
+                return earlier or self._backend.submit(self._journal)
             except BackendUnavailable as error:
                 if self._journal.desired() != "run":
                     raise

@@ -46,6 +46,9 @@ class BackendUnavailable(OSError):
 class Backend(Protocol):
     """Where a job's Ray cluster comes from. All but ``logs`` may raise :class:`BackendUnavailable`."""
 
+    outlives: bool
+    """Whether a submission goes on when whoever submitted it has ended: then it is looked for before another."""
+
     def submit(self, journal: Journal) -> Handle:
         """Start one coordinator for the job. Raises ``ValueError`` where the back-end refuses."""
 

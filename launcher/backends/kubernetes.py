@@ -44,6 +44,8 @@ BY_KUBERAY = ("RAY_AUTH_MODE",)
 class KubernetesBackend:
     """Submits jobs to the clusters of the operator's profiles. ``module`` is what drives them."""
 
+    outlives = True
+
     def __init__(self, module: str = "launcher.coordinator", reason_seconds: float = REASON_SECONDS) -> None:
         self._module = module
         self._apis: dict[Place, tuple[KubernetesApi, Watched]] = {}

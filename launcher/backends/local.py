@@ -31,7 +31,7 @@ class LocalBackend:
     def __init__(self, module: str = "launcher.coordinator", outlive: bool = False) -> None:
         """``outlive``: the job goes on when this process ends; otherwise it checkpoints and ends, too."""
         self._module = module
-        self._outlive = outlive
+        self.outlives = outlive
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def submit(self, journal: Journal) -> Handle:
@@ -41,7 +41,7 @@ class LocalBackend:
         devices = execution.devices or default_devices(execution.threads_per_rank)
         command = [sys.executable, "-m", self._module, str(journal.directory)]
         command += ["--address", OWN, "--devices", str(devices), "--ray-dir", str(ray_dir)]
-        if not self._outlive:
+        if not self.outlives:
             command += ["--keeper", str(os.getpid())]
         with open(journal.log_path("coordinator"), "ab") as log:
             child = subprocess.Popen(

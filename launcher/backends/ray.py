@@ -30,6 +30,8 @@ PHASES = {"PENDING": Phase.WAITING, "RUNNING": Phase.RUNNING}
 class RayBackend:
     """Submits jobs to the clusters of the operator's profiles. ``module`` is what drives them."""
 
+    outlives = True
+
     def __init__(self, module: str = "launcher.coordinator", stop_wait_seconds: int = STOP_WAIT_SECONDS) -> None:
         self._module = module
         self._stop_wait_seconds = stop_wait_seconds
@@ -50,7 +52,7 @@ class RayBackend:
         }
         try:
             jobs.submit(document)
-        except ValueError:
+        except (ValueError, BackendUnavailable):  # an id that is taken is an error of the server, too
             if jobs.get(submission) is None:
                 raise  # otherwise somebody was faster, and this is the same submission
         return _handle(profile, submission, stop_file)

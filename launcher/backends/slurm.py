@@ -29,6 +29,8 @@ GONE_SECONDS = 60.0
 class SlurmBackend:
     """Runs jobs through ``sbatch``. ``module`` is what drives them."""
 
+    outlives = True
+
     def __init__(self, module: str = "launcher.coordinator", fresh_seconds: float = 5.0) -> None:
         self._module = module
         self._queue = Queue(fresh_seconds)

@@ -147,7 +147,7 @@ def test_what_a_job_gets_wrong_about_its_place_is_told_with_a_remedy(
     wrong = _spec(threads_per_rank=4, slurm={"partition": "vip", "gpus_per_node": 2, "cpus_per_node": 2})
     found = _problems(wrong, home)
     assert found == {
-        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s are',
+        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s commands are',
         "execution.slurm.cpus_per_node": "2: one rank needs 4 (execution.threads_per_rank); use 4 or more",
         "execution.slurm.partition": '"vip": the profile does not offer this partition; use one of cpu, gpu',
         "execution.profile": '"default": it does not say what the GPUs are; the operator adds slurm: {gpu: {name: ...,'

@@ -19,6 +19,8 @@ ENDED = BackendStatus(Phase.ENDED, "stopped")
 class Scripted:
     """A back-end of canned statuses; a coordinator of its own never runs."""
 
+    outlives = True
+
     def __init__(self, statuses: list[BackendStatus], unavailable: int = 0, found: Handle | None = None) -> None:
         self.submitted = 0
         self.stopped: list[float] = []

@@ -55,7 +55,7 @@ def test_parts_that_start_at_the_same_moment_are_a_service(database_url: str, tm
         assert client.wait(second, 120).attempt == 1
         with pytest.raises(ServiceError, match="key"):
             list(Client(f"http://127.0.0.1:{port}").jobs())
-    assert api.returncode == 0
+    assert api.returncode in (0, -signal.SIGTERM)  # uvicorn ends in order, and then as the signal would have ended it
     assert dispatchers[1].returncode == 0
 
 
