@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import secrets
 import signal
 import sys
 import tempfile
@@ -24,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import psutil
 
+from benchmarks.processes import left_behind, mark_campaign
 from launcher.backends.base import Phase
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, create_job, run_job
@@ -37,8 +36,6 @@ from tests.launcher.fingerprint import fingerprint
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "faults.json"
 COORDINATOR = "tests.launcher.faulty_coordinator"
-MARK = "ESPALIER_FAULT_CAMPAIGN"
-"""An environment variable that every process of a run inherits, by which those left behind are found."""
 
 CANDIDATE = "a"
 STEPS, BATCH, LENGTH, EVERY = 72, 8, 64, 4
@@ -201,28 +198,8 @@ def measure(journal: Journal, seconds: float) -> dict[str, Any]:
         "device_seconds": candidate["device_seconds"],
         "progress": {name: candidate[name] for name in PROGRESS},
         "fingerprint": fingerprint(candidate["checkpoint"]) if candidate["checkpoint"] else {},
-        "left_behind": left_behind(),
+        "left_behind": left_behind(10.0),
     }
-
-
-def left_behind() -> list[str]:
-    """Processes of the run that still live, also those that no journal knows, given a moment to end."""
-    deadline = time.monotonic() + 10.0
-    while (found := _marked()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
-
-
-def _marked() -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            marked = process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]
-            if marked and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {process.name()}")
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def checks(run: dict[str, Any], calm: dict[str, Any]) -> dict[str, bool]:
@@ -238,7 +215,7 @@ def checks(run: dict[str, Any], calm: dict[str, Any]) -> dict[str, bool]:
 
 def campaign(folder: Path, wanted: list[str], seed: int) -> dict[str, dict[str, Any]]:
     """All runs by name, each with its measures and checks."""
-    os.environ[MARK] = secrets.token_hex(8)
+    mark_campaign()
     runs: dict[str, dict[str, Any]] = {}
 
     def take(name: str, work: Callable[[], tuple[Journal, dict[str, Any]]]) -> None:

@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import random
-import secrets
 import socket
 import sys
 import tempfile
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
 
+from benchmarks.processes import left_behind, mark_campaign
 from launcher.jobs import Home, list_jobs
 from launcher.journal import Journal
 from launcher.processes import local_processes
@@ -49,8 +49,6 @@ from services.store.leases import DISPATCHER, Leases
 from tests.services.running import Running, text_files, tiny_job, until, up
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "service_real_kills.json"
-MARK = "SERVICE_KILLS"
-"""An environment variable that every process of the campaign inherits, by which those left behind are found."""
 
 CANDIDATE = "small"
 MODEL = {"family": "gpt", "layers": 2, "hidden": 64, "heads": 4, "dropout": 0.1}
@@ -379,24 +377,6 @@ def wrong_in_mlflow(home: Path, jobs: list[str]) -> Iterator[str]:
                     yield f"{job}: MLflow has {len(steps)} of {row['steps']} steps"
 
 
-def left_behind() -> list[str]:
-    """Processes of the campaign that still live, given a moment to end."""
-    deadline = time.monotonic() + 15.0
-    while (found := _marked()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
-
-
-def _marked() -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            marked = process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]
-            if marked and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"process {process.pid} is left behind: {' '.join(process.cmdline())[:120]}")
-    return found
-
-
 def held_locks(home: Path) -> Iterator[str]:
     """Locks that somebody still has."""
     for path in [home / "service" / "lock", *(one.tracking_dir / "lock" for one in list_jobs(Home(home)))]:
@@ -441,7 +421,7 @@ def run(folder: Path, temporary: Path, given: argparse.Namespace) -> dict[str, A
         with service.client() as client:
             names = Counter(job.name for job in client.jobs(limit=200))
     store.database.close()
-    wrong = [*sentinel.wrong, *left_behind(), *held_locks(home)]
+    wrong = [*sentinel.wrong, *left_behind(15.0), *held_locks(home)]
     wrong += [f"{path.name} is left in the temporary folder" for path in temporary.glob("esp-*")]
     expected = {f"calm-{tensor}": 1 for tensor in calm} | {f"storm-{number}": 1 for number in range(len(jobs))}
     if names != expected:
@@ -484,7 +464,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the service's home in this new folder")
     given = parser.parse_args()
-    os.environ[MARK] = secrets.token_hex(8)
+    mark_campaign()
     with (
         tempfile.TemporaryDirectory(prefix="espalier-kills-") as name,
         tempfile.TemporaryDirectory(prefix="k-") as temporary,

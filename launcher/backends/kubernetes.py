@@ -63,7 +63,7 @@ class KubernetesBackend:
         job = kubernetes_job(
             journal.spec(), journal, journal.job_id, name, Path(working_directory(journal)), self._module
         )
-        assert job.log == journal.log_path("coordinator")  # makes its folder
+        job.log.parent.mkdir(parents=True, exist_ok=True)
         job.stop_file.parent.mkdir(parents=True, exist_ok=True)
         job.alive_file.unlink(missing_ok=True)
         try:

@@ -1,4 +1,4 @@
-"""What every back-end does, as tests over a fixture ``place``: imported where such a back-end can be run.
+"""What every back-end does, as tests over a fixture ``place``: inherited where such a back-end can be run.
 
 The coordinator is a program that steps, checkpoints and obeys as the real one does, in seconds.
 """
@@ -58,67 +58,66 @@ def make_place(make: Callable[[str], Backend], folder: Path, execution: dict[str
     return Place(make, Home(folder / "home"), {"devices": 1, **execution}, seconds)
 
 
-def test_a_submission_runs_to_its_end_and_tells_how(place: Place) -> None:
-    journal, backend = place.journal(FEW), place.make(QUICK)
-    assert backend.find(journal) is None
-    handle = backend.submit(journal)
-    place.until(lambda: backend.status(handle).phase is Phase.ENDED)
-    status = backend.status(handle)
-    assert (status.exit_code, status.final) == (0, False)
-    assert status.reason
-    assert Journal(journal.directory).state() is JobState.SUCCEEDED
-    assert f"step {FEW} of epoch 1" in backend.logs(handle, journal)
-    assert backend.find(journal) is None
+class BackendContract:
+    """What the protocol promises."""
 
+    def test_a_submission_runs_to_its_end_and_tells_how(self, place: Place) -> None:
+        journal, backend = place.journal(FEW), place.make(QUICK)
+        assert backend.find(journal) is None
+        handle = backend.submit(journal)
+        place.until(lambda: backend.status(handle).phase is Phase.ENDED)
+        status = backend.status(handle)
+        assert (status.exit_code, status.final) == (0, False)
+        assert status.reason
+        assert Journal(journal.directory).state() is JobState.SUCCEEDED
+        assert f"step {FEW} of epoch 1" in backend.logs(handle, journal)
+        assert backend.find(journal) is None
 
-def test_a_submission_is_found_and_followed_by_another_process(place: Place) -> None:
-    """What a dispatcher that takes over has is the handle in the store, or not even that."""
-    journal, backend, handle = place.running()
-    try:
-        other = place.make(QUICK)
-        found = other.find(Journal(journal.directory))
-        assert found is not None
-        assert other.status(json.loads(json.dumps(handle))).phase is Phase.RUNNING
-        assert other.status(found).phase is Phase.RUNNING
-        assert "of epoch 1" in other.logs(found, journal)
-    finally:
+    def test_a_submission_is_found_and_followed_by_another_process(self, place: Place) -> None:
+        """What a dispatcher that takes over has is the handle in the store, or not even that."""
+        journal, backend, handle = place.running()
+        try:
+            other = place.make(QUICK)
+            found = other.find(Journal(journal.directory))
+            assert found is not None
+            assert other.status(json.loads(json.dumps(handle))).phase is Phase.RUNNING
+            assert other.status(found).phase is Phase.RUNNING
+            assert "of epoch 1" in other.logs(found, journal)
+        finally:
+            backend.stop(handle, 0)
+        assert place.make(QUICK).find(journal) is None
+
+    def test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is(self, place: Place) -> None:
+        journal, backend, handle = place.running()
+        backend.stop(handle, place.seconds)
+        assert backend.status(handle).phase is Phase.ENDED
+        view = Journal(journal.directory).view()
+        assert view.state is JobState.INTERRUPTED
+        assert view.candidate("small").gang.checkpoint_step == view.candidate("small").latest["step"]
+        backend.stop(handle, 0)  # again changes nothing
+
+    def test_stopping_at_once_leaves_nothing_running(self, place: Place) -> None:
+        journal, backend, handle = place.running()
         backend.stop(handle, 0)
-    assert place.make(QUICK).find(journal) is None
+        status = backend.status(handle)
+        assert status.phase is Phase.ENDED
+        assert not status.final  # whoever stopped it may submit it again
+        seen = Journal(journal.directory)
+        last = seen.last_event()
+        time.sleep(1.0)
+        assert seen.last_event() == last
+        assert seen.state() in (JobState.RUNNING, JobState.INTERRUPTED)  # Slurm asks even those that it kills
+        assert seen.holder() is None
 
-
-def test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is(place: Place) -> None:
-    journal, backend, handle = place.running()
-    backend.stop(handle, place.seconds)
-    assert backend.status(handle).phase is Phase.ENDED
-    view = Journal(journal.directory).view()
-    assert view.state is JobState.INTERRUPTED
-    assert view.candidate("small").gang.checkpoint_step == view.candidate("small").latest["step"]
-    backend.stop(handle, 0)  # again changes nothing
-
-
-def test_stopping_at_once_leaves_nothing_running(place: Place) -> None:
-    journal, backend, handle = place.running()
-    backend.stop(handle, 0)
-    status = backend.status(handle)
-    assert status.phase is Phase.ENDED
-    assert not status.final  # whoever stopped it may submit it again
-    seen = Journal(journal.directory)
-    last = seen.last_event()
-    time.sleep(1.0)
-    assert seen.last_event() == last
-    assert seen.state() in (JobState.RUNNING, JobState.INTERRUPTED)  # Slurm asks even those that it kills
-    assert seen.holder() is None
-
-
-def test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words(place: Place) -> None:
-    journal, backend = place.journal(FEW), place.make(NO_MODULE)
-    handle = backend.submit(journal)
-    place.until(lambda: backend.status(handle).phase is Phase.ENDED)
-    status = backend.status(handle)
-    assert (status.exit_code, status.final) == (1, False)
-    assert "exit code 1" in status.reason
-    assert "No module named" in backend.logs(handle, journal)
-    # The same job can be submitted again.
-    again = backend.submit(journal)
-    assert again != handle
-    place.until(lambda: backend.status(again).phase is Phase.ENDED)
+    def test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words(self, place: Place) -> None:
+        journal, backend = place.journal(FEW), place.make(NO_MODULE)
+        handle = backend.submit(journal)
+        place.until(lambda: backend.status(handle).phase is Phase.ENDED)
+        status = backend.status(handle)
+        assert (status.exit_code, status.final) == (1, False)
+        assert "exit code 1" in status.reason
+        assert "No module named" in backend.logs(handle, journal)
+        # The same job can be submitted again.
+        again = backend.submit(journal)
+        assert again != handle
+        place.until(lambda: backend.status(again).phase is Phase.ENDED)

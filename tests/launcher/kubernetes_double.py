@@ -71,7 +71,7 @@ class ApiServer:
         self.events: list[Event] = []
         self.cut = 0
         self.schema = crd("rayjobs")
-        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
+        self.http = _Quiet(self)
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -143,6 +143,10 @@ class ApiServer:
 class _Quiet(ThreadingHTTPServer):
     """Clients that go away in the middle are part of the tests."""
 
+    def __init__(self, api: ApiServer) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.api = api
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
@@ -170,197 +174,201 @@ class Refused(Exception):
         self.code, self.reason = code, reason
 
 
-def _handler(server: ApiServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: a request is checked, answered from the server's state, and written down."""
 
-        def log_message(self, *arguments: Any) -> None:
-            """Quiet."""
+    protocol_version = "HTTP/1.1"
+    server: "_Quiet"
 
-        def do_GET(self) -> None:
-            self._answer("GET")
+    @property
+    def api(self) -> ApiServer:
+        return self.server.api
 
-        def do_POST(self) -> None:
-            self._answer("POST")
+    def log_message(self, *arguments: Any) -> None:
+        """Quiet."""
 
-        def do_DELETE(self) -> None:
-            self._answer("DELETE")
+    def do_GET(self) -> None:
+        self._answer("GET")
 
-        def do_PATCH(self) -> None:
-            self._answer("PATCH")
+    def do_POST(self) -> None:
+        self._answer("POST")
 
-        def do_PUT(self) -> None:
-            self._answer("PUT")
+    def do_DELETE(self) -> None:
+        self._answer("DELETE")
 
-        def _answer(self, method: str) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            try:
-                self._serve(method, body)
-            except Refused as refused:
-                status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {}}
-                told = {"message": str(refused), "reason": refused.reason, "code": refused.code}
-                self._send(refused.code, json.dumps(status | told).encode())
+    def do_PATCH(self) -> None:
+        self._answer("PATCH")
 
-        def _serve(self, method: str, body: bytes) -> None:
-            time.sleep(server.slow_seconds)
-            url = urlsplit(self.path)
-            query = {name: values[0] for name, values in parse_qs(url.query).items()}
-            with server.lock:
-                failure = server.failures.pop(0) if server.failures else None
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                raise Refused(401, "Unauthorized", "Unauthorized")
-            if failure:
-                raise Refused(failure[0], "InternalError", failure[1])
-            group, plural, name, sub = self._place(url.path)
-            verb = {"POST": "create", "DELETE": "delete"}.get(method, method.lower())
-            if verb == "get" and name is None:
-                verb = "watch" if query.get("watch") == "true" else "list"
-            resource = f"{plural}/{sub}" if sub else plural
-            server.requests.append((verb, url.path))
-            if (group, resource, verb) not in server.granted:
-                raise Refused(403, "Forbidden", f'{resource} is forbidden: User "dispatcher" cannot {verb} resource')
-            server.used.add((group, resource, verb))
-            self._check_query("log" if sub else verb, query)
-            if sub:
-                self._send(200, server.logs.get(name or "", "").encode(), "text/plain")
-            elif verb == "create":
-                self._create(body)
-            elif verb == "delete":
-                self._delete(str(name), body)
-            elif verb == "get":
-                self._send_document(200, self._known(group, plural, str(name)))
-            elif verb == "list":
-                self._list(group, plural, query)
-            else:
-                self._watch(query)
+    def do_PUT(self) -> None:
+        self._answer("PUT")
 
-        def _place(self, path: str) -> tuple[str, str, str | None, str | None]:
-            found = PATH.fullmatch(path)
-            if not found:
-                server.violations.append(f"no such path: {path}")
-                raise Refused(404, "NotFound", "the server could not find the requested resource")
-            group = found["group"] or ""
-            if found["version"] not in VERSIONS.get(group, ()):
-                raise Refused(404, "NotFound", "the server could not find the requested resource")
-            if found["namespace"] != NAMESPACE:
-                server.violations.append(f"another namespace: {path}")
-                raise Refused(403, "Forbidden", "not in that namespace")
-            plural, _, rest = found["rest"].partition("/")
-            name, _, sub = rest.partition("/")
-            return group, plural, name or None, sub or None
+    def _answer(self, method: str) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            self._serve(method, body)
+        except Refused as refused:
+            status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {}}
+            told = {"message": str(refused), "reason": refused.reason, "code": refused.code}
+            self._send(refused.code, json.dumps(status | told).encode())
 
-        def _check_query(self, verb: str, query: dict[str, str]) -> None:
-            if set(query) != QUERIES[verb]:
-                server.violations.append(f"{verb} with {sorted(query)}")
-            if verb == "create" and query.get("fieldValidation") != "Strict":
-                server.violations.append("unknown fields are let pass")
+    def _serve(self, method: str, body: bytes) -> None:
+        time.sleep(self.api.slow_seconds)
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        with self.api.lock:
+            failure = self.api.failures.pop(0) if self.api.failures else None
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Refused(401, "Unauthorized", "Unauthorized")
+        if failure:
+            raise Refused(failure[0], "InternalError", failure[1])
+        group, plural, name, sub = self._place(url.path)
+        verb = {"POST": "create", "DELETE": "delete"}.get(method, method.lower())
+        if verb == "get" and name is None:
+            verb = "watch" if query.get("watch") == "true" else "list"
+        resource = f"{plural}/{sub}" if sub else plural
+        self.api.requests.append((verb, url.path))
+        if (group, resource, verb) not in self.api.granted:
+            raise Refused(403, "Forbidden", f'{resource} is forbidden: User "dispatcher" cannot {verb} resource')
+        self.api.used.add((group, resource, verb))
+        self._check_query("log" if sub else verb, query)
+        if sub:
+            self._send(200, self.api.logs.get(name or "", "").encode(), "text/plain")
+        elif verb == "create":
+            self._create(body)
+        elif verb == "delete":
+            self._delete(str(name), body)
+        elif verb == "get":
+            self._send_document(200, self._known(group, plural, str(name)))
+        elif verb == "list":
+            self._list(group, plural, query)
+        else:
+            self._watch(query)
 
-        def _known(self, group: str, plural: str, name: str) -> dict[str, Any]:
-            found = server.objects.get((group, plural), {}).get(name)
-            if found is None:
-                raise Refused(404, "NotFound", f'{plural}.{group} "{name}" not found')
-            return found
+    def _place(self, path: str) -> tuple[str, str, str | None, str | None]:
+        found = PATH.fullmatch(path)
+        if not found:
+            self.api.violations.append(f"no such path: {path}")
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
+        group = found["group"] or ""
+        if found["version"] not in VERSIONS.get(group, ()):
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
+        if found["namespace"] != NAMESPACE:
+            self.api.violations.append(f"another namespace: {path}")
+            raise Refused(403, "Forbidden", "not in that namespace")
+        plural, _, rest = found["rest"].partition("/")
+        name, _, sub = rest.partition("/")
+        return group, plural, name or None, sub or None
 
-        def _create(self, body: bytes) -> None:
-            if self.headers["Content-Type"] != "application/json":
-                server.violations.append(f"a body of {self.headers['Content-Type']}")
-            document = json.loads(body)
-            problems = unknown_fields(document) or (server.schema and wrong_by_crd(document, server.schema))
-            if problems or document["kind"] != "RayJob" or document["metadata"]["namespace"] != NAMESPACE:
-                server.violations.append(f"no RayJob: {problems}")
-                raise Refused(400, "BadRequest", f"strict decoding error: {problems}")
-            with server.lock:
-                name = document["metadata"]["name"]
-                if name in server.ray_jobs():
-                    raise Refused(409, "AlreadyExists", f'rayjobs.ray.io "{name}" already exists')
-                document["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": "2026-11-01T00:00:00Z"}
-                server.ray_jobs()[name] = document
-                server.happened("ADDED", document)
-                answer = copy.deepcopy(document)
-            self._send_document(201, answer)
-            server.on_change("ADDED", document)
+    def _check_query(self, verb: str, query: dict[str, str]) -> None:
+        if set(query) != QUERIES[verb]:
+            self.api.violations.append(f"{verb} with {sorted(query)}")
+        if verb == "create" and query.get("fieldValidation") != "Strict":
+            self.api.violations.append("unknown fields are let pass")
 
-        def _delete(self, name: str, body: bytes) -> None:
-            if self.headers["Content-Type"] != "application/json":
-                server.violations.append(f"a body of {self.headers['Content-Type']}")
-            options = json.loads(body)
-            if set(options) != {"apiVersion", "kind", "propagationPolicy", "preconditions"}:
-                server.violations.append(f"deletion with {options}")
-            with server.lock:
-                document = self._known("ray.io", "rayjobs", name)
-                if options["preconditions"]["uid"] != document["metadata"]["uid"]:
-                    raise Refused(409, "Conflict", "the UID in the precondition does not match")
-                again = "deletionTimestamp" in document["metadata"]
-                document["metadata"]["deletionTimestamp"] = "2026-11-01T00:10:00Z"
-                document["metadata"]["finalizers"] = ["foregroundDeletion"]
-                server.happened("MODIFIED", document)
-                answer = copy.deepcopy(document)
-            self._send_document(200, answer)
-            if not again:
-                server.on_change("DELETED", document)
+    def _known(self, group: str, plural: str, name: str) -> dict[str, Any]:
+        found = self.api.objects.get((group, plural), {}).get(name)
+        if found is None:
+            raise Refused(404, "NotFound", f'{plural}.{group} "{name}" not found')
+        return found
 
-        def _list(self, group: str, plural: str, query: dict[str, str]) -> None:
-            with server.lock:
-                found = server.objects.get((group, plural), {}).values()
-                items = [copy.deepcopy(one) for one in found if _selected(one, query["labelSelector"])]
-                metadata = {"resourceVersion": str(server.version)}
-            self._send_document(200, {"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items})
+    def _create(self, body: bytes) -> None:
+        if self.headers["Content-Type"] != "application/json":
+            self.api.violations.append(f"a body of {self.headers['Content-Type']}")
+        document = json.loads(body)
+        problems = unknown_fields(document) or (self.api.schema and wrong_by_crd(document, self.api.schema))
+        if problems or document["kind"] != "RayJob" or document["metadata"]["namespace"] != NAMESPACE:
+            self.api.violations.append(f"no RayJob: {problems}")
+            raise Refused(400, "BadRequest", f"strict decoding error: {problems}")
+        with self.api.lock:
+            name = document["metadata"]["name"]
+            if name in self.api.ray_jobs():
+                raise Refused(409, "AlreadyExists", f'rayjobs.ray.io "{name}" already exists')
+            document["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": "2026-11-01T00:00:00Z"}
+            self.api.ray_jobs()[name] = document
+            self.api.happened("ADDED", document)
+            answer = copy.deepcopy(document)
+        self._send_document(201, answer)
+        self.api.on_change("ADDED", document)
 
-        def _watch(self, query: dict[str, str]) -> None:
-            after, selector, cut = int(query["resourceVersion"]), query["labelSelector"], server.cut
-            if after > server.version or query["allowWatchBookmarks"] != "true":
-                server.violations.append(f"watch after {after}, which has not been")
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json;stream=watch")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            if after < server.compacted:
-                gone = {
-                    "kind": "Status",
-                    "code": 410,
-                    "reason": "Expired",
-                    "message": f"too old resource version: {after}",
-                }
-                self._event({"type": "ERROR", "object": gone})
-                self._chunk(b"")
-                return
-            deadline = time.monotonic() + min(server.watch_seconds, float(query["timeoutSeconds"]))
-            while time.monotonic() < deadline and server.cut == cut:
-                with server.lock:
-                    news = [one for one in server.events if one.version > after]
-                    if not news:
-                        server.lock.wait(min(0.5, max(0.0, deadline - time.monotonic())))
-                for event in news:
-                    after = event.version
-                    if _selected(event.document, selector):
-                        self._event({"type": event.kind, "object": event.document})
-            bookmark = {"kind": "RayJob", "apiVersion": "ray.io/v1", "metadata": {"resourceVersion": str(after)}}
-            self._event({"type": "BOOKMARK", "object": bookmark})
+    def _delete(self, name: str, body: bytes) -> None:
+        if self.headers["Content-Type"] != "application/json":
+            self.api.violations.append(f"a body of {self.headers['Content-Type']}")
+        options = json.loads(body)
+        if set(options) != {"apiVersion", "kind", "propagationPolicy", "preconditions"}:
+            self.api.violations.append(f"deletion with {options}")
+        with self.api.lock:
+            document = self._known("ray.io", "rayjobs", name)
+            if options["preconditions"]["uid"] != document["metadata"]["uid"]:
+                raise Refused(409, "Conflict", "the UID in the precondition does not match")
+            again = "deletionTimestamp" in document["metadata"]
+            document["metadata"]["deletionTimestamp"] = "2026-11-01T00:10:00Z"
+            document["metadata"]["finalizers"] = ["foregroundDeletion"]
+            self.api.happened("MODIFIED", document)
+            answer = copy.deepcopy(document)
+        self._send_document(200, answer)
+        if not again:
+            self.api.on_change("DELETED", document)
+
+    def _list(self, group: str, plural: str, query: dict[str, str]) -> None:
+        with self.api.lock:
+            found = self.api.objects.get((group, plural), {}).values()
+            items = [copy.deepcopy(one) for one in found if _selected(one, query["labelSelector"])]
+            metadata = {"resourceVersion": str(self.api.version)}
+        self._send_document(200, {"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items})
+
+    def _watch(self, query: dict[str, str]) -> None:
+        after, selector, cut = int(query["resourceVersion"]), query["labelSelector"], self.api.cut
+        if after > self.api.version or query["allowWatchBookmarks"] != "true":
+            self.api.violations.append(f"watch after {after}, which has not been")
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json;stream=watch")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if after < self.api.compacted:
+            gone = {
+                "kind": "Status",
+                "code": 410,
+                "reason": "Expired",
+                "message": f"too old resource version: {after}",
+            }
+            self._event({"type": "ERROR", "object": gone})
             self._chunk(b"")
+            return
+        deadline = time.monotonic() + min(self.api.watch_seconds, float(query["timeoutSeconds"]))
+        while time.monotonic() < deadline and self.api.cut == cut:
+            with self.api.lock:
+                news = [one for one in self.api.events if one.version > after]
+                if not news:
+                    self.api.lock.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+            for event in news:
+                after = event.version
+                if _selected(event.document, selector):
+                    self._event({"type": event.kind, "object": event.document})
+        bookmark = {"kind": "RayJob", "apiVersion": "ray.io/v1", "metadata": {"resourceVersion": str(after)}}
+        self._event({"type": "BOOKMARK", "object": bookmark})
+        self._chunk(b"")
 
-        def _event(self, event: dict[str, Any]) -> None:
-            line = json.dumps(event).encode() + b"\n"
-            for part in (line[:7], line[7:]):  # an event may come in pieces
-                self._chunk(part)
+    def _event(self, event: dict[str, Any]) -> None:
+        line = json.dumps(event).encode() + b"\n"
+        for part in (line[:7], line[7:]):  # an event may come in pieces
+            self._chunk(part)
 
-        def _chunk(self, part: bytes) -> None:
-            try:
-                self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
-                self.wfile.flush()
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+    def _chunk(self, part: bytes) -> None:
+        try:
+            self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            self.wfile.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
 
-        def _send_document(self, code: int, document: dict[str, Any]) -> None:
-            self._send(code, json.dumps(document).encode())
+    def _send_document(self, code: int, document: dict[str, Any]) -> None:
+        self._send(code, json.dumps(document).encode())
 
-        def _send(self, code: int, body: bytes, kind: str = "application/json") -> None:
-            self.send_response(code)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    return Handler
+    def _send(self, code: int, body: bytes, kind: str = "application/json") -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 def _selected(document: dict[str, Any], selector: str) -> bool:

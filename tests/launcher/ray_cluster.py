@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import httpx2
 from launcher.backends.base import BackendUnavailable
 from launcher.backends.ray import JobsApi
 from launcher.environment import loopback_interface
+from tests.ports import free_ports
 
 UP_SECONDS = 120.0
 TRIES = 3
@@ -63,7 +63,7 @@ def _cluster() -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
     token_file = folder / "token"
     token_file.write_text(secrets.token_hex(32), encoding="ascii")
-    port, dashboard = _free_ports(2)
+    port, dashboard = free_ports(2)
     head = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--head"]
     nodes = [_start(folder, "head", head)]
     try:
@@ -128,13 +128,3 @@ def _await_agent(cluster: RayCluster, nodes: "list[subprocess.Popen[bytes]]") ->
             if time.monotonic() > deadline or any(node.poll() is not None for node in nodes):
                 raise NotUp(str(error)) from error
             time.sleep(0.5)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -20,25 +20,13 @@ from tests.finished import FinishedJob
 from tests.launcher.conformance import (
     MANY,
     QUICK,
+    BackendContract,
     Place,
     make_place,
-    test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words,
-    test_a_submission_is_found_and_followed_by_another_process,
-    test_a_submission_runs_to_its_end_and_tells_how,
-    test_stopping_at_once_leaves_nothing_running,
-    test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is,
 )
 from tests.launcher.fingerprint import fingerprint
 from tests.launcher.made import new_journal, spec_document
 from tests.launcher.ray_cluster import CPUS, RayCluster, ray_cluster
-
-__all__ = [
-    "test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words",
-    "test_a_submission_is_found_and_followed_by_another_process",
-    "test_a_submission_runs_to_its_end_and_tells_how",
-    "test_stopping_at_once_leaves_nothing_running",
-    "test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is",
-]
 
 RAY = {"backend": "ray"}
 
@@ -143,3 +131,7 @@ def test_what_a_job_gets_wrong_about_a_ray_cluster_is_told(tmp_path: Path) -> No
     }
     cluster = cluster_of(spec, tmp_path)
     assert (cluster.devices, cluster.devices_per_node) == (2 * CPUS, CPUS)
+
+
+class TestBackends(BackendContract):
+    """On this machine, and on a Ray cluster."""

@@ -21,23 +21,11 @@ from launcher.states import JobState
 from tests.launcher.conformance import (
     MANY,
     QUICK,
+    BackendContract,
     Place,
     make_place,
-    test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words,
-    test_a_submission_is_found_and_followed_by_another_process,
-    test_a_submission_runs_to_its_end_and_tells_how,
-    test_stopping_at_once_leaves_nothing_running,
-    test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is,
 )
 from tests.launcher.kubernetes_double import NAMESPACE, ApiServer, KubeRay, role_of
-
-__all__ = [
-    "test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words",
-    "test_a_submission_is_found_and_followed_by_another_process",
-    "test_a_submission_runs_to_its_end_and_tells_how",
-    "test_stopping_at_once_leaves_nothing_running",
-    "test_stopping_with_grace_lets_the_coordinator_write_down_where_it_is",
-]
 
 
 @pytest.fixture
@@ -417,3 +405,7 @@ def test_reasons_are_told_once_and_in_few_words() -> None:
     memory = {"lastState": {"terminated": {"reason": "OOMKilled"}}}
     short = [{"metadata": {"name": "x"}, "status": {"containerStatuses": [memory]}}]
     assert waiting_reason(short) == "pod x needed more memory than its limit (OOMKilled)"
+
+
+class TestKubernetes(BackendContract):
+    """On the double."""

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from launcher.tracking_feed import EXPERIMENT, NOTE_TAG, RUN_TAG, Cursor, Feeder
 from launcher.tracking_records import JOB, Translation, flatten, perplexity
 from launcher.tracking_store import make_store
 from launcher.tracking_text import summary
+from tests.ports import free_ports
 
 STEPS = 1200  # of the large candidate: more points than MLflow takes in one request
 
@@ -156,9 +156,7 @@ class Server:
 
     def __init__(self, directory: Path, empty_store: Path) -> None:
         shutil.copyfile(empty_store, directory / "server.db")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
@@ -307,9 +305,7 @@ def test_paused_job_is_scheduled_and_its_continuation_runs_on(journal: Journal, 
 
 
 def test_dead_server_ends_the_feeder_within_its_patience(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    uri = f"http://127.0.0.1:{free_ports(1)[0]}"
     started = time.monotonic()
     assert feed_once(journal, uri, patience_seconds=2.0) == EXIT_UNREACHABLE
     assert 2.0 < time.monotonic() - started < 20

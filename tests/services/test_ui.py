@@ -12,11 +12,12 @@ import psutil
 import pytest
 
 from services.ui import HOST, choose_port, mlflow_server
+from tests.ports import free_ports
 
 
 @pytest.mark.timeout(240)
 def test_server_answers_on_the_loopback_and_ends_whole(tmp_path: Path) -> None:
-    port, before = _free_port(), set(psutil.Process().children(recursive=True))
+    port, before = free_ports(1)[0], set(psutil.Process().children(recursive=True))
     with mlflow_server(tmp_path, port) as address:
         with urllib.request.urlopen(address, timeout=30) as page:
             assert b"MLflow" in page.read()
@@ -83,11 +84,5 @@ def test_taken_port_is_refused_with_a_remedy() -> None:
 
 
 def test_a_free_port_is_taken_as_asked() -> None:
-    port = _free_port()
+    port = free_ports(1)[0]
     assert choose_port(port) == port
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from tests.ports import free_ports
+
 NODES = ("n1", "n2")
 CPUS = 2
 UP_SECONDS = 60.0
@@ -113,7 +115,7 @@ def _start(slurm: RealSlurm) -> None:
     munge += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
     slurm.start("munged", "munged", "--foreground", "--force", *munge)
     until((folder / "munge.socket").exists, UP_SECONDS)
-    controller, first, second = _free_ports(3)
+    controller, first, second = free_ports(3)
     values = {"host": socket.gethostname().partition(".")[0], "folder": folder, "cpus": CPUS}
     values |= {"controller": controller, "first": first, "second": second}
     configuration = folder / "slurm.conf"
@@ -122,16 +124,6 @@ def _start(slurm: RealSlurm) -> None:
     for node in NODES:
         (folder / f"spool-{node}").mkdir()
         slurm.start(node, "slurmd", "-D", "-N", node, "-f", str(configuration))
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def until(condition: Callable[[], object], seconds: float) -> None:
