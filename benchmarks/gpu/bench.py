@@ -4,7 +4,7 @@ Every part runs in fresh processes on one GPU and is written to ``../results/gpu
 that are not asked for keep what stands there. ``--tiny`` goes through the same code at small sizes, with or without a
 GPU, and writes nothing.
 
-    python benchmarks/gpu/bench.py [correctness] [checkpoints] [stall] [memory] [speed] [xl] [--tiny] [--output FILE]
+    python benchmarks/gpu/bench.py [PART ...] [--tiny] [--output FILE]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-PARTS = ("correctness", "checkpoints", "stall", "memory", "speed", "xl")
+PARTS = ("correctness", "checkpoints", "compression", "stall", "memory", "speed", "xl")
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu.json"
 
 
