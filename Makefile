@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-nvme test-slurm lint bench clean
+.PHONY: install demo test test-nvme test-slurm test-compose lint bench clean
 
 install: $(STAMP)
 
@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not compiler and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not compiler and not compose and not slurm"
 
 # The optimizer on a real disk; needs a C++ compiler and libaio's headers.
 test-nvme: $(STAMP)
@@ -36,6 +36,13 @@ test-slurm: $(STAMP)
 	command -v munged && command -v slurmd && command -v slurmctld || \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest tests/slurm -m slurm
+
+# docker-compose.yml on a Docker engine of the tests' own; needs root, for the engine and to install it (Debian).
+test-compose: $(STAMP)
+	command -v dockerd && command -v docker-compose && command -v debootstrap && command -v npm || \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+			docker.io docker-compose debootstrap iptables npm; }
+	$(BIN)/python -m pytest tests/compose -m compose
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,11 @@ class Options:
     nodes: int = 1
 
 
-def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = TRAIN) -> int:
-    """One attempt at the job. Returns the process's exit code; raises for faults of this software alone."""
+def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = TRAIN, room: Room | None = None) -> int:
+    """One attempt at the job. Returns the process's exit code; raises for faults of this software alone.
+
+    ``room``: what the cluster offers, where this process is connected already.
+    """
     journal = Journal(options.journal)
     spec, control = journal.spec(), Control(journal, options.keeper)
     control.listen()
@@ -45,12 +49,10 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
     try:
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
-        journal.append("waiting", {"reason": "Ray to start" if options.address == OWN else f"Ray at {options.address}"})
-        threads = spec.execution.threads_per_rank
-        with ray_session(options.address, options.devices, threads, options.ray_dir, options.nodes) as room:
+        with nullcontext(room) if room else _connected(options, journal, spec.execution.threads_per_rank) as found:
             control.listen()  # Ray has put its own handlers in place
             _write_servers(journal, options.address)
-            job = JobContext(journal, spec, room, control, Nodes(str(journal.directory)).collect, rank_function)
+            job = JobContext(journal, spec, found, control, Nodes(str(journal.directory)).collect, rank_function)
             state, error = _work(job, stages)
             _write_servers(journal, options.address, "process_ended")
             _end(journal, state, error)
@@ -61,6 +63,13 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
         if options.ray_dir is not None:
             shutil.rmtree(options.ray_dir, ignore_errors=True)
     return {JobState.SUCCEEDED: EXIT_DONE, JobState.FAILED: EXIT_FAILED}.get(state, EXIT_STOPPED)
+
+
+@contextmanager
+def _connected(options: Options, journal: Journal, threads: int) -> Iterator[Room]:
+    journal.append("waiting", {"reason": "Ray to start" if options.address == OWN else f"Ray at {options.address}"})
+    with ray_session(options.address, options.devices, threads, options.ray_dir, options.nodes) as room:
+        yield room
 
 
 def _write_servers(journal: Journal, address: str, kind: str = "process_started") -> None:

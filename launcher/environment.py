@@ -3,7 +3,17 @@
 import os
 import secrets
 import socket
+import tempfile
 from pathlib import Path
+
+LONGEST_TEMP_DIR = 17
+"""Ray's sockets lie below it, and AF_UNIX paths are short: `/esp-XXXXXXXX` follows, up to a session's limit."""
+
+
+def short_temp_dir() -> str:
+    """Where a Ray cluster of this machine's own can have its files."""
+    found = tempfile.gettempdir()
+    return found if len(os.fsencode(found)) <= LONGEST_TEMP_DIR else "/tmp"
 
 
 def own_cluster() -> dict[str, str]:

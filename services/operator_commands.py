@@ -42,12 +42,16 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the API. [default: 8700, or a free one]")] = None,
     database: DatabaseOption = None,
     tracking: TrackingOption = None,
+    prestart: Annotated[
+        bool | None, typer.Option("--prestart", help="Keep Ray and warm workers ready for the next job.")
+    ] = None,
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
     """Serve the REST API, run its jobs and show MLflow, all on this machine, until Ctrl-C."""
     from services.up import bring_up
 
-    settings = load_settings(home, host=host, port=port, database=database, mlflow=tracking)
+    given = {"host": host, "port": port, "database": database, "mlflow": tracking, "prestart": prestart}
+    settings = load_settings(home, **given)
     bring_up(settings, port, lambda line: stderr.print(line, markup=False))
 
 

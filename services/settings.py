@@ -19,6 +19,7 @@ FILE = "service.yaml"
 RESOLVED = "service/settings.json"
 """What the parts of a running service read; only its owner may, because a database's address holds a password."""
 
+COORDINATOR = "launcher.coordinator"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -61,10 +62,13 @@ class Settings(Options):
     mlflow_url: str | None = Field(default=None, description="where people see it; known once it runs")
     body_bytes: PositiveInt = 1 << 20
     devices: PositiveInt = Field(default_factory=lambda: default_devices(1), description="ranks of all jobs at once")
+    prestart: bool = Field(
+        default=False, description="keep a Ray cluster with warm workers ready for the next local job, while idle"
+    )
     limits: Limits = Limits()
     oidc: OidcSettings | None = None
     grace_seconds: NonNegativeFloat = Field(default=660.0, description="for the last checkpoint of a stopped job")
-    coordinator: str = Field(default="launcher.coordinator", description="module that drives a job")
+    coordinator: str = Field(default=COORDINATOR, description="module that drives a job")
     lease_seconds: PositiveFloat = 15.0
     poll_seconds: PositiveFloat = 0.5
     disk_reserve_bytes: PositiveInt = Field(default=GIBI // 2, description="no job is accepted below this much room")

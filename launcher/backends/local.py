@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import psutil
 
 from launcher.backends.base import BackendStatus, Handle, Phase
-from launcher.environment import default_devices, own_cluster, python_path
+from launcher.backends.spare import Spare, find_spare
+from launcher.environment import default_devices, own_cluster, python_path, short_temp_dir
 from launcher.journal import Journal, is_process
 
 OWN = "own"
-LONGEST_TEMP_DIR = 17
-"""Ray's sockets lie below it, and AF_UNIX paths are short: `/esp-XXXXXXXX` follows, up to a session's limit."""
+SPARE_SECONDS = 20.0
+"""No more often is a coordinator made ready: one that cannot start shall not take the whole machine."""
 
 
 class LocalBackend:
@@ -33,11 +35,35 @@ class LocalBackend:
         self._module = module
         self.outlives = outlive
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._spare: Spare | None = None
+        self._next_spare = 0.0
+        self._lock = threading.Lock()
+
+    def keep_spare(self, wanted: bool) -> None:
+        """Have a coordinator ready for the next job, or none. Returns at once; call it again and again."""
+        with self._lock:
+            if self._spare and not (wanted and self._spare.alive):
+                self._spare.end()
+                self._spare = None
+            if wanted and self._spare is None and time.monotonic() >= self._next_spare:
+                self._spare, self._next_spare = Spare(), time.monotonic() + SPARE_SECONDS
+
+    def _give_spare(self, journal: Journal) -> Handle | None:
+        """The coordinator that was ready, now at work on this job; None where there is none, or none for it."""
+        with self._lock:
+            spare = self._spare
+            if spare is None or not spare.fits(journal):
+                return None
+            self._spare, self._children[spare.process.pid] = None, spare.process
+        return spare.give(journal)
 
     def submit(self, journal: Journal) -> Handle:
-        """Start one coordinator for the job."""
+        """Start one coordinator for the job, or give it the one that is ready."""
+        return self._give_spare(journal) or self._start(journal)
+
+    def _start(self, journal: Journal) -> Handle:
         execution = journal.spec().execution
-        ray_dir = Path(tempfile.mkdtemp(prefix="esp-", dir=_short_temp_dir()))
+        ray_dir = Path(tempfile.mkdtemp(prefix="esp-", dir=short_temp_dir()))
         devices = execution.devices or default_devices(execution.threads_per_rank)
         command = [sys.executable, "-m", self._module, str(journal.directory)]
         command += ["--address", OWN, "--devices", str(devices), "--ray-dir", str(ray_dir)]
@@ -64,7 +90,7 @@ class LocalBackend:
             if command[1:4] == ["-m", self._module, wanted] and process.status() != psutil.STATUS_ZOMBIE:
                 ray_dir = command[command.index("--ray-dir") + 1]
                 return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": ray_dir}
-        return None
+        return find_spare(journal)
 
     def status(self, handle: Handle) -> BackendStatus:
         """Where the coordinator stands. Once it has ended, what it may have left behind is ended, too."""
@@ -108,11 +134,6 @@ def tail(path: Path, lines: int) -> str:
     except FileNotFoundError:
         return ""
     return "\n".join(text.splitlines()[-lines:])
-
-
-def _short_temp_dir() -> str:
-    found = tempfile.gettempdir()
-    return found if len(os.fsencode(found)) <= LONGEST_TEMP_DIR else "/tmp"
 
 
 def working_directory(journal: Journal) -> str:

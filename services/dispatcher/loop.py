@@ -31,7 +31,7 @@ from services.dispatcher.policy import (
     take_turns,
 )
 from services.dispatcher.watch import Watched, hand_over, make_journal, sweep
-from services.settings import Settings
+from services.settings import COORDINATOR, Settings
 from services.store.database import Database
 from services.store.jobs import Account, JobStore, Observation, account_name
 from services.store.leases import Lease, LeaseLost, Leases
@@ -54,7 +54,8 @@ class Dispatcher:
         self._database = Database(settings.database_url)
         self._jobs = JobStore(self._database)
         self._leader = Leader(Leases(self._database), settings.lease_seconds)
-        self._backends: dict[str, Backend] = {"local": LocalBackend(settings.coordinator, outlive=True)}
+        self._local = LocalBackend(settings.coordinator, outlive=True)
+        self._backends: dict[str, Backend] = {"local": self._local}
         self._watched: dict[str, Watched] = {}
         self._written: dict[str, tuple[float, Observation]] = {}
         self._look_at: dict[str, float] = {}
@@ -106,6 +107,7 @@ class Dispatcher:
         if self._feeders:
             self._feeders.close(patience_seconds)
         self._deliveries = self._feeders = None
+        self._local.keep_spare(False)
         self._watched.clear()
         self._written.clear()
         self._look_at.clear()
@@ -117,6 +119,7 @@ class Dispatcher:
         waiting = [row for row in rows if row.id not in self._busy and self._tend(row, lease)]
         self._start_next(rows, waiting, lease)
         self._feed(rows, lease)
+        self._keep_spare(rows)
         for job_id in set(self._watched) - {row.id for row in rows}:
             self._forget(job_id)
 
@@ -291,6 +294,11 @@ class Dispatcher:
         active = {row.id for row in rows if _holds(row)}
         for job_id in self._feeders.tend(active, active | set(self._jobs.unfed())):
             self._jobs.note(job_id, lease, fed=True)
+
+    def _keep_spare(self, rows: list[JobRow]) -> None:
+        """While no job holds devices, the next one shall find its coordinator ready."""
+        if self._settings.prestart and self._settings.coordinator == COORDINATOR:
+            self._local.keep_spare(not any(_holds(row) for row in rows))
 
     def _backend(self, watched: Watched) -> Backend:
         name = watched.spec.execution.backend

@@ -1,4 +1,4 @@
-"""megatron-core's decorator for fused functions: torch's compiler is loaded only where there is a GPU to compile for."""
+"""megatron-core's decorator for fused functions: torch's compiler is loaded only where there is a GPU."""
 
 import subprocess
 import sys

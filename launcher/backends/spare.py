@@ -1,0 +1,109 @@
+"""A coordinator kept ready for the next job of this machine: Ray is up, and workers have imported what ranks need.
+
+Whoever keeps it gives it a job by a file in its folder, and from then on it is that job's coordinator; without one it
+ends with its keeper. Torch-free, and does not import Ray.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.backends.base import Handle
+from launcher.environment import default_devices, own_cluster, python_path, short_temp_dir
+from launcher.journal import Journal
+
+MODULE = "launcher.spare"
+CLAIM, READY, LOG = "claim.json", "ready", "spare.log"
+THREADS = 1
+"""Threads per rank, as jobs have it that do not say."""
+
+
+class Spare:
+    """One such process, for a job that leaves devices and threads to the machine."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="esp-", dir=short_temp_dir()))
+        self.devices = default_devices(THREADS)
+        self._working_directory = os.getcwd()
+        command = [sys.executable, "-m", MODULE, str(self.folder), "--keeper", str(os.getpid())]
+        command += ["--devices", str(self.devices), "--threads", str(THREADS)]
+        # Ray ends idle workers beyond this number; one more than devices, because the first stage takes one for itself.
+        environment = {**os.environ, **own_cluster(), "RAY_num_workers_soft_limit": str(self.devices + 1)}
+        with open(self.folder / LOG, "ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**environment, "PYTHONPATH": python_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._created = psutil.Process(self.process.pid).create_time()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self.process.poll() is None
+
+    def fits(self, journal: Journal) -> bool:
+        """Whether it is ready, and as the job wants its coordinator."""
+        execution = journal.spec().execution
+        return (
+            self.alive
+            and (self.folder / READY).exists()
+            and execution.threads_per_rank == THREADS
+            and (execution.devices or self.devices) <= self.devices
+            and journal.facts()["working_directory"] == self._working_directory
+        )
+
+    def give(self, journal: Journal) -> Handle:
+        """Make it the job's coordinator."""
+        draft = self.folder / f"{CLAIM}.draft"
+        claim = {"journal": str(journal.directory), "devices": journal.spec().execution.devices or self.devices}
+        draft.write_text(json.dumps(claim), encoding="utf-8")
+        draft.rename(self.folder / CLAIM)
+        return {"pid": self.process.pid, "created": self._created, "ray_dir": str(self.folder)}
+
+    def end(self) -> None:
+        """Nothing of it is left."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The job that a spare coordinator has been given."""
+
+    journal: Path
+    devices: int
+
+
+def read_claim(folder: Path) -> Claim | None:
+    """What the process of this folder has been given, if anything."""
+    try:
+        claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Claim(Path(claim["journal"]), claim["devices"])
+
+
+def find_spare(journal: Journal) -> Handle | None:
+    """The process, once a spare one, that works on the job already, whoever started it."""
+    for process in psutil.process_iter(["cmdline", "create_time"]):
+        command = process.info["cmdline"] or []
+        if command[1:3] == ["-m", MODULE] and process.status() != psutil.STATUS_ZOMBIE:
+            claim = read_claim(Path(command[3]))
+            if claim and claim.journal == journal.directory:
+                return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": command[3]}
+    return None
