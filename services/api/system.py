@@ -119,6 +119,10 @@ class _StoreCollector(Collector):
         for state in JobState:
             jobs.add_metric([state.value], counts.get(state.value, 0))
         yield jobs
+        devices, oldest = self._service.jobs.load()
+        yield GaugeMetricFamily("espalier_devices_held", "Devices that jobs hold", value=devices)
+        queued = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+        yield GaugeMetricFamily("espalier_oldest_queued_seconds", "Age of the oldest queued job", value=queued)
         leads = self._service.leases.leader(DISPATCHER) is not None
         yield GaugeMetricFamily("espalier_dispatcher_leads", "Whether a dispatcher leads", value=int(leads))
         waiting = self._service.webhooks.waiting()

@@ -207,6 +207,15 @@ class JobStore:
             rows = session.execute(query).all()
         return {str(state): int(count) for state, count in rows}
 
+    def load(self) -> tuple[int, float | None]:
+        """Devices that jobs hold, and since when (seconds since 1970) the oldest queued job has been waiting."""
+        held = select(func.coalesce(func.sum(JobRow.devices), 0)).where(JobRow.handle.is_not(None))
+        queued = (JobRow.state == JobState.SUBMITTED.value, JobRow.desired == "run", JobRow.handle.is_(None))
+        with self.database.read() as session:
+            devices = session.execute(held).scalar_one()
+            oldest = session.execute(select(func.min(JobRow.changed)).where(*queued)).scalar_one()
+        return int(devices), None if oldest is None else float(oldest)
+
     # What the dispatcher does, under its lease
 
     def at_work(self) -> list[JobRow]:
