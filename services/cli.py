@@ -20,25 +20,13 @@ from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import JobState
 from launcher.tracking import EXIT_DONE, default_uri, page_url
-from services import continuing, operator_commands, render_commands, service_commands, tables
-from services.demonstration import demo_job
-from services.dryrun import DryRunError, dry_run
-from services.foreground import Work, run_in_foreground
-from services.lookup import ask_service, look, with_service_rows
-from services.outcome import first_lines, say_how_it_ended, show_result
-from services.place import ServiceError
-from services.presets import preset_rows
-from services.progress import display_for
-from services.submission import (
-    STANDARD_TEXT,
-    Grid,
-    compression_job,
-    make_request,
-    named_cluster,
-    plan_elsewhere,
-    submit,
-)
-from services.terminal import (
+from services import tables
+from services.commands import continuing, operate, render, service
+from services.commands.demonstration import demo_job
+from services.commands.dryrun import DryRunError, dry_run
+from services.commands.lookup import ask_service, look, with_service_rows
+from services.commands.outcome import first_lines, say_how_it_ended, show_result
+from services.commands.terminal import (
     DEFAULT_HOME,
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -54,9 +42,22 @@ from services.terminal import (
     stderr,
     stdout,
 )
+from services.foreground import Work, run_in_foreground
+from services.place import ServiceError
+from services.presets import preset_rows
+from services.progress import display_for
+from services.submission import (
+    STANDARD_TEXT,
+    Grid,
+    compression_job,
+    make_request,
+    named_cluster,
+    plan_elsewhere,
+    submit,
+)
 from services.ui import choose_port, mlflow_server
 
-DEMO = Path(__file__).parent / "demo.yaml"
+DEMO = Path(__file__).parent / "commands" / "demo.yaml"
 
 app = typer.Typer(
     name="espalier",
@@ -66,9 +67,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-service_commands.register(app)
-operator_commands.register(app)
-render_commands.register(app)
+service.register(app)
+operate.register(app)
+render.register(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,5 +1,8 @@
 """What takes long to make and is looked at by tests of several rooms, made once, and imported only then."""
 
+import fcntl
+import os
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +14,19 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> "FinishedJob":
-    """A small job of two candidates, run to its end in peace."""
+    """A small job of two candidates, run to its end in peace; once for all workers of the run."""
     from tests.finished import finish_job
 
-    return finish_job(tmp_path_factory.mktemp("finished"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "made.pickle"
+        if not made.exists():
+            made.write_bytes(pickle.dumps(finish_job(folder)))
+        job: FinishedJob = pickle.loads(made.read_bytes())
+        return job
 
 
 @pytest.fixture(scope="session")

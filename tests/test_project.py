@@ -66,7 +66,7 @@ def test_commands_and_api_need_none_of_what_only_work_needs() -> None:
     script = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({(*BLOCKED, *WORKING)!r}))\n"
-        "import services.cli, services.api.__main__, services.serve\n"
+        "import services.cli, services.api.__main__, services.commands.serve\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]

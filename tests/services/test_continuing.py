@@ -13,7 +13,7 @@ from launcher.problems import SpecError
 from launcher.spec import JobSpec
 from launcher.states import JobState
 from services.client import Client
-from services.continuing import continued, refuse_another_job
+from services.commands.continuing import continued, refuse_another_job
 from tests.services.running import until
 from tests.services.small import Small
 

@@ -12,11 +12,11 @@ from launcher.jobs import Home
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 from services.client import Client
-from services.continuing import at_service
+from services.commands.continuing import at_service
+from services.commands.terminal import api_key
 from services.foreground import Work
 from services.place import running_url
 from services.settings import load_settings
-from services.terminal import api_key
 
 if TYPE_CHECKING:
     from services.up import Embedded

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.commands.terminal import DEFAULT_HOME, HomeOption, TrackingOption, stdout
 from services.place import ServiceError
 from services.settings import Settings, load_settings
-from services.terminal import DEFAULT_HOME, HomeOption, TrackingOption, stdout
 
 if TYPE_CHECKING:
     from services.store.database import Database

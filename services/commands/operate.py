@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from services import serve
-from services.settings import load_settings
-from services.store.roles import ROLES
-from services.terminal import (
+from services.commands import serve
+from services.commands.terminal import (
     DEFAULT_HOME,
     HomeOption,
     JsonOption,
@@ -25,6 +23,8 @@ from services.terminal import (
     stderr,
     stdout,
 )
+from services.settings import load_settings
+from services.store.roles import ROLES
 
 if TYPE_CHECKING:
     from services.store.database import Database

@@ -8,12 +8,12 @@ from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import FINAL
 from services.client import Client, ServiceUnreachable
+from services.commands.remote import absolute_paths
+from services.commands.terminal import DEFAULT_HOME, api_key
 from services.foreground import Work
 from services.place import running_url
-from services.remote import absolute_paths
 from services.store.records import FORGOTTEN, RECORD
 from services.submission import refuse_another_spec
-from services.terminal import DEFAULT_HOME, api_key
 
 POLL_SECONDS, AWAY_SECONDS = 0.3, 60.0
 

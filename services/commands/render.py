@@ -9,7 +9,7 @@ from launcher.backends.kubernetes_manifest import job_name, to_yaml
 from launcher.backends.slurm import render_job, slurm_job
 from launcher.profiles import KubernetesProfile, profile_named
 from launcher.spec import load_spec
-from services.terminal import DEFAULT_HOME, HomeOption, JobFileArgument, home_at
+from services.commands.terminal import DEFAULT_HOME, HomeOption, JobFileArgument, home_at
 
 render = typer.Typer(help="Show what a back-end would be given for a job.", no_args_is_help=True)
 

@@ -7,7 +7,7 @@ from launcher.jobs import Home
 from launcher.journal import Journal
 from launcher.states import FINAL, JobState
 from services import tables
-from services.terminal import DEFAULT_HOME, home_at, stderr, stdout
+from services.commands.terminal import DEFAULT_HOME, home_at, stderr, stdout
 
 
 def show_result(journal: Journal | None, result: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from launcher.jobs import JobError, find_job
 from launcher.journal import Journal
 from launcher.result import result_document
-from services import remote
 from services.api.documents import JobDocument
 from services.client import Client, ServiceError
-from services.terminal import api_key, home_at
+from services.commands import remote
+from services.commands.terminal import api_key, home_at
 
 
 @dataclass(frozen=True)

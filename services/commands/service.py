@@ -8,9 +8,8 @@ import typer
 from launcher.spec import load_spec
 from launcher.states import JobState
 from parallelism.layout import Layout
-from services import remote
-from services.progress import display_for
-from services.terminal import (
+from services.commands import remote
+from services.commands.terminal import (
     DEFAULT_HOME,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -24,6 +23,7 @@ from services.terminal import (
     stderr,
     stdout,
 )
+from services.progress import display_for
 
 
 def submit(

@@ -1,0 +1,1 @@
+"""What ``espalier`` does for each of its commands; :mod:`services.cli` puts them together."""
