@@ -28,6 +28,7 @@ from parallelism.models.base import ModelConfig, Observer
 
 VERSION = 1
 PARTS = ("hessian", "absolute", "absmax")
+GRAM_BLOCK = 128
 _FACTS = "espalier"
 
 
@@ -103,7 +104,7 @@ def read_statistics(
 
 @dataclass
 class _Sums:
-    """Over the rows of one input: XᵀX [in, in], Σ|x| [in], max |x| [in]; float32."""
+    """Over the rows of one input: XᵀX [in, in] (its upper triangle), Σ|x| [in], max |x| [in]; float32."""
 
     hessian: Tensor
     absolute: Tensor
@@ -114,6 +115,21 @@ class _Sums:
     def zeros(cls, width: int, device: torch.device | str) -> "_Sums":
         absolute, absmax = torch.zeros(2, width, device=device)
         return cls(torch.zeros(width, width, device=device), absolute, absmax)
+
+
+def add_gram(upper: Tensor, rows: Tensor) -> None:
+    """Add XᵀX of ``rows`` X [rows, in] to ``upper`` [in, in], of which only what is right of the diagonal's blocks counts.
+
+    The rest would be the same numbers again; leaving it out takes two thirds of the time.
+    """
+    for start in range(0, rows.shape[1], GRAM_BLOCK):
+        end = start + GRAM_BLOCK
+        upper[start:end, start:].addmm_(rows[:, start:end].t(), rows[:, start:])
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The whole symmetric matrix [in, in] of one whose upper triangle counts."""
+    return upper.triu().add_(upper.triu(1).t())
 
 
 @dataclass
@@ -135,7 +151,7 @@ class Gathered:
         self._last, self.shared[name] = (name, inputs), name
         flat = inputs.flatten(0, -2).float()
         sums = self.sums.setdefault(name, _Sums.zeros(flat.shape[1], flat.device))
-        sums.hessian.addmm_(flat.t(), flat)
+        add_gram(sums.hessian, flat)
         sizes = flat.abs()
         sums.absolute += sizes.sum(0)
         sums.absmax = torch.maximum(sums.absmax, sizes.amax(0))
@@ -151,6 +167,7 @@ class Gathered:
         tensors: dict[str, Tensor] = {}
         for name, sums in self.sums.items():
             tensors |= {f"{name}:{part}": getattr(sums, part) for part in PARTS}
+            tensors[f"{name}:{PARTS[0]}"] = mirrored(sums.hessian)
         facts = {
             "version": VERSION,
             "shared": self.shared,
@@ -178,7 +195,7 @@ class Gathered:
     def statistics(self, damping: float) -> LayerStatistics:
         """The sums as methods take them."""
         by_input = {
-            name: InputStatistics(sums.hessian, sums.rows, sums.absmax, sums.absolute / sums.rows, damping)
+            name: InputStatistics(mirrored(sums.hessian), sums.rows, sums.absmax, sums.absolute / sums.rows, damping)
             for name, sums in self.sums.items()
         }
         inputs = {name: by_input[owner] for name, owner in self.shared.items()}

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from compression import tasks, text
-from compression.calibration import CalibrationFiles, calibrate_step, read_statistics
+from compression.calibration import (
+    GRAM_BLOCK,
+    CalibrationFiles,
+    add_gram,
+    calibrate_step,
+    mirrored,
+    read_statistics,
+)
 from compression.sizes import statistics_bytes
 from compression.text import CalibrationText, shards
 from parallelism.layer_reader import CheckpointWeights, plain_family
@@ -156,3 +163,16 @@ def test_the_task_takes_its_text_from_prepared_data(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "out" / "statistics").iterdir()
     statistics = read_statistics(CalibrationFiles(tmp_path / "out", folder.name), 2, SEQUENCES, 0.01)
     assert statistics.inputs["mlp.down"].rows == SEQUENCES * 24
+
+
+@pytest.mark.parametrize("width", [1, GRAM_BLOCK, GRAM_BLOCK + 1, 3 * GRAM_BLOCK - 5])
+def test_the_gram_matrix_in_blocks_is_the_whole_one_and_symmetric(width: int) -> None:
+    first, second = (torch.randn(50, width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    upper = torch.zeros(width, width)
+    for rows in (first, second):
+        add_gram(upper, rows)
+    whole = mirrored(upper)
+    exact = first.double().T @ first.double() + second.double().T @ second.double()
+    assert torch.equal(whole, whole.T)
+    assert torch.equal(mirrored(whole), whole)
+    torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-4)
