@@ -118,9 +118,9 @@ class _Sums:
 
 
 def add_gram(upper: Tensor, rows: Tensor) -> None:
-    """Add XᵀX of ``rows`` X [rows, in] to ``upper`` [in, in], of which only what is right of the diagonal's blocks counts.
+    """Add XᵀX of ``rows`` X [rows, in] to ``upper`` [in, in], of which only the upper triangle counts.
 
-    The rest would be the same numbers again; leaving it out takes two thirds of the time.
+    Below the blocks on the diagonal would be the same numbers again; without them it takes two thirds of the time.
     """
     for start in range(0, rows.shape[1], GRAM_BLOCK):
         end = start + GRAM_BLOCK
