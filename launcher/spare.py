@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
-from launcher.backends.spare import READY, Claim, read_claim
+from launcher.backends.spare import READY, WARM, Claim, read_claim
 from launcher.coordinator import Options, coordinate
 from launcher.journal import Journal
-from launcher.session import OWN, RayStartError, Room, ray_session
-from launcher.workers import CONNECT, HOST_STORE, TRAIN, send_output_to
-from parallelism.registry import load
+from launcher.session import OWN, RayStartError, ray_session
+from launcher.workers import send_output_to
 
 POLL_SECONDS = 0.05
-MODULES = (TRAIN, CONNECT, HOST_STORE, "parallelism.engines.megatron:MegatronEngine", "compression.tasks:evaluate")
+WORKERS_SECONDS = 60.0
+"""How long workers may take; a job then finds them cold."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         with ray_session(OWN, given.devices, given.threads, given.folder) as room:
-            warm_up(room)
+            await_workers(given.folder, room.devices)
             (given.folder / READY).touch()
             claim = wait_for_job(given.folder, given.keeper)
             if claim is None:
@@ -51,16 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(given.folder, ignore_errors=True)
 
 
-def warm_up(room: Room) -> None:
-    """Have as many workers as a job uses at first import what ranks need; Ray gives them to the job's actors."""
-    warm = ray.remote(num_cpus=0)(import_all)
-    ray.get([warm.remote(MODULES) for _ in range(room.devices + 1)])
-
-
-def import_all(names: Sequence[str]) -> None:
-    """Import the modules of these dotted names."""
-    for name in names:
-        load(name)
+def await_workers(folder: Path, count: int) -> None:
+    """Wait until so many workers, which Ray starts by itself, have imported what they shall."""
+    deadline = time.monotonic() + WORKERS_SECONDS
+    while len(list(folder.glob(f"{WARM}*"))) < count and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def wait_for_job(folder: Path, keeper: int) -> Claim | None:

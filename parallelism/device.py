@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache, wraps
+from importlib import import_module
 from typing import Any
 
 import megatron.core.optimizer.clip_grads as megatron_clipping
@@ -216,6 +217,7 @@ def die_with_parent(parent: int) -> None:
 
 def baseline_memory_bytes() -> int:
     """What this rank holds before it has a model; on GPUs :func:`peak_memory_bytes` starts anew from here."""
+    import_module("torch._dynamo")  # torch's optimizers load it when they are made; it is no part of the model's memory
     if has_cuda():
         torch.cuda.reset_peak_memory_stats()
     return peak_memory_bytes()

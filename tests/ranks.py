@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["parallelism.device", "parallelism.models.gpt.sharded"])
+# torch._dynamo: every optimizer loads it when it is made.
+_CONTEXT.set_forkserver_preload(["parallelism.run", "parallelism.engines.megatron", "torch._dynamo", "deepspeed"])
 
 
 class RankFailed(AssertionError):

@@ -240,6 +240,7 @@ def rank_main(rank: int, port: int, task: TrainTask, case: Case, sender: Connect
     device.connect(rank, task.layout.world_size, "127.0.0.1", port, store=store)
     family = load(FAMILIES[task.model.family].sharded)
     engine_class = load(ENGINES[task.layout.engine].implementation)
+    device.baseline_memory_bytes()  # loads what it counts as the baseline
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of the imports
     baseline = memory("VmRSS")
     engine = engine_class(task)

@@ -63,7 +63,8 @@ def first_step(service: Running, spec: dict[str, Any], prestarted: bool) -> floa
 
 def spare_ready(service: Running) -> bool:
     """Whether a coordinator of this service waits for a job."""
-    commands = [child.cmdline() for child in psutil.Process(service.process.pid).children(recursive=True)]
+    ours = {child.pid for child in psutil.Process(service.process.pid).children(recursive=True)}
+    commands = [row.info["cmdline"] or [] for row in psutil.process_iter(["cmdline"]) if row.pid in ours]
     folders = [Path(command[3]) for command in commands if command[1:3] == ["-m", MODULE]]
     return any((folder / READY).exists() for folder in folders)
 

@@ -22,7 +22,12 @@ from launcher.environment import default_devices, own_cluster, python_path, shor
 from launcher.journal import Journal
 
 MODULE = "launcher.spare"
-CLAIM, READY, LOG = "claim.json", "ready", "spare.log"
+CLAIM, READY, WARM, LOG = "claim.json", "ready", "warm.", "spare.log"
+EARLY = ("parallelism.run", "parallelism.engines.megatron", "compression.tasks", "torch._dynamo", "launcher.warm")
+KEPT = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
+"""Ray ends idle workers after a second, once others hold devices; training shall find those that preparing left."""
+FOLDER = "ESPALIER_SPARE"
+"""Tells a worker that is started early where to say that it is ready."""
 THREADS = 1
 """Threads per rank, as jobs have it that do not say."""
 
@@ -36,8 +41,9 @@ class Spare:
         self._working_directory = os.getcwd()
         command = [sys.executable, "-m", MODULE, str(self.folder), "--keeper", str(os.getpid())]
         command += ["--devices", str(self.devices), "--threads", str(THREADS)]
-        # Ray ends idle workers beyond this number; one more than devices, because the first stage takes one for itself.
-        environment = {**os.environ, **own_cluster(), "RAY_num_workers_soft_limit": str(self.devices + 1)}
+        # Ray starts as many workers as there are devices; they import this before anything is asked of them.
+        early = {"RAY_preload_python_modules": ",".join(EARLY), FOLDER: str(self.folder), **KEPT}
+        environment = {**os.environ, **own_cluster(), **early}
         with open(self.folder / LOG, "ab") as log:
             self.process = subprocess.Popen(
                 command,

@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import session
-from launcher.backends import local
+from launcher import environment, session
 from launcher.backends.base import BACKENDS, Phase, make_backend
 from launcher.backends.local import LocalBackend, tail
 from launcher.jobs import Home, JobError, collect_garbage, create_job, find_job, list_jobs
@@ -201,4 +200,4 @@ def test_a_number_given_out_again_is_not_taken_for_the_jobs_process(tmp_path: Pa
 def test_the_longest_temporary_directory_fits_a_session() -> None:
     made = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
     made.rmdir()
-    assert local.LONGEST_TEMP_DIR + len(str(made)) - len("/tmp") == session.LONGEST_TEMP_DIR
+    assert environment.LONGEST_TEMP_DIR + len(str(made)) - len("/tmp") == session.LONGEST_TEMP_DIR
