@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
 
-from launcher.backends.spare import MODULE, READY
+from launcher.backends.spare import MODULE, READY, read_claim
 from launcher.journal import Journal
 from tests.services.running import Running, text_files, tiny_job, until, up
 
@@ -66,7 +66,7 @@ def spare_ready(service: Running) -> bool:
     ours = {child.pid for child in psutil.Process(service.process.pid).children(recursive=True)}
     commands = [row.info["cmdline"] or [] for row in psutil.process_iter(["cmdline"]) if row.pid in ours]
     folders = [Path(command[3]) for command in commands if command[1:3] == ["-m", MODULE]]
-    return any((folder / READY).exists() for folder in folders)
+    return any((folder / READY).exists() and read_claim(folder) is None for folder in folders)
 
 
 if __name__ == "__main__":
