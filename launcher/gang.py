@@ -25,6 +25,7 @@ from launcher.policy import (
     stalled,
     unseen_seconds,
 )
+from launcher.told import forget_told, told_steps
 from launcher.view import CandidateView, GangView
 from launcher.workers import TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from parallelism.budget import Burnt
@@ -193,11 +194,22 @@ class CandidateRun:
         self._root = self._journal.gang_root(self.name, self._gangs)
         resumed = adopt_newest(Path(previous.root) if previous else None, self._root)
         self._resumed_step = self._step = resumed.step if resumed else 0
+        if previous:
+            self._write_untold(previous)
+            previous = self._candidate().gang
         self._write_start(previous, resumed)
         remove_older_roots(self._root.parent, self._root)
         self._resume_from = resumed
         self._active_group.start()
         self.phase = Phase.STARTING
+
+    def _write_untold(self, previous: GangView) -> None:
+        """Steps that the checkpoint holds and that the coordinator was lost with before it wrote them down."""
+        log = self._log(previous.epoch, previous.number, 0)
+        untold = told_steps(log, self._candidate().latest.get("step", 0), self._resumed_step)
+        if untold:
+            self._append("train.step", steps=untold)  # without a clock: when it was last told counts for what was burnt
+        forget_told(log)
 
     def _write_start(self, previous: GangView | None, resumed: CheckpointInfo | None) -> None:
         """From the event on, checkpoints of earlier process groups count for nothing."""
@@ -330,6 +342,7 @@ class CandidateRun:
         result: TrainResult = self._active_group.results()[0]
         self._end_group(result.reason)
         if result.reason == "budget":
+            forget_told(self._log(self._journal.epoch, self._gangs, 0))
             self.result = result
             self._append("candidate_done", result=result.model_dump(mode="json"))
         self.phase = Phase.DONE if result.reason == "budget" else Phase.STOPPED

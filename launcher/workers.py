@@ -23,6 +23,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
 from launcher.reservation import Bundle, Reservation
+from launcher.told import ToldSteps
 from parallelism.registry import load
 from parallelism.stop import StopReason, StopRequest
 
@@ -82,6 +83,7 @@ class RankProcess:
         self._reports: list[Report] = []
         self._lock = threading.Lock()
         self._store: Any = None
+        self._told = ToldSteps(Path(log))
         send_output_to(Path(log))
         show_life(Path(log))
 
@@ -138,8 +140,12 @@ class RankProcess:
         self._stop.request(reason)
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:
+        now = time.time()
+        if kind == "step":
+            with contextlib.suppress(OSError):  # a full disk does not end training
+                self._told.add({**fields, "time": now})
         with self._lock:
-            self._reports.append(Report(self._rank, time.time(), kind, fields))
+            self._reports.append(Report(self._rank, now, kind, fields))
 
 
 def process_facts(rank: int) -> RankFacts:

@@ -121,7 +121,16 @@ class LocalBackend:
 
     def _clean_up(self, handle: Handle) -> None:
         _kill_group(handle)
-        shutil.rmtree(handle["ray_dir"], ignore_errors=True)
+        _remove(Path(handle["ray_dir"]))
+
+
+def _remove(folder: Path) -> None:
+    """Processes that were just killed may still have been making files in it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def tail(path: Path, lines: int) -> str:

@@ -100,6 +100,16 @@ def _assert_trained_alike(row: Document, calm: Document) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_no_step_is_missing_from_the_journal(disturbed: Journal, stormy: Journal) -> None:
+    """Also those that a checkpoint held when the coordinator died before it wrote them down."""
+    for journal in (disturbed, stormy):
+        events = [event for event in journal.events() if event["kind"] == "train.step"]
+        told = [row["step"] for event in events if event["candidate"] == "large" for row in event["steps"]]
+        assert set(told) == set(range(1, STEPS + 1))
+    assert not list(stormy.directory.rglob("*.steps*"))
+
+
+@pytest.mark.timeout(600)
 def test_kills_leave_the_weights_as_they_were_bit_for_bit(finished: FinishedJob, disturbed: Journal) -> None:
     calm, stormy = _candidate(finished.result, "large"), _candidate(result_document(disturbed), "large")
     expected = finished.fingerprints["large"]
