@@ -5,14 +5,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.gang import CandidateRun, Phase
 from launcher.journal import Journal
 from launcher.session import Room
+from launcher.told import ToldSteps
 from launcher.view import CandidateView
 from launcher.workers import GroupShape
+from parallelism.checkpoint_store import Metrics
 from tests.launcher.made import new_journal
 
 
@@ -129,3 +132,30 @@ def test_who_asked_for_a_stop_is_not_told_of_a_failure(room: Room, tmp_path: Pat
     kinds = [event["kind"] for event in journal.events()]
     assert "candidate_failed" not in kinds
     assert journal.view().candidate("small").gang.ended == "stalled"
+
+
+def test_steps_that_died_with_the_coordinator_are_told_by_the_next_group(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal ends at step 3, the rank made 7, and the newest checkpoint holds 5."""
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    gang = {"gang": 1, "root": str(tmp_path / "e0001-g01"), "world_size": 1, "resumed_from": None, "resumed_step": 0}
+    journal.append("gang_started", {"candidate": "small", **gang})
+    journal.append("train.step", {"candidate": "small", "steps": [{"step": 3, "time": 3.0}]})
+    kept = ToldSteps(journal.log_path("small.e0001-g01.rank0"))
+    for step in range(1, 8):
+        kept.add({"step": step, "time": float(step)})
+    checkpoint = SimpleNamespace(step=5, path=tmp_path / "checkpoint", metrics=Metrics())
+    monkeypatch.setattr("launcher.gang.adopt_newest", lambda source, target: checkpoint)
+    journal.claim_epoch()
+    run = _run(journal)
+    (tmp_path / "job" / "candidates" / "small" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    run.reserve()
+    _poll(run, lambda: run.phase is Phase.STARTING)
+    run.stop("pause", 0.0)
+    told = [event for event in journal.events() if event["kind"] == "train.step"]
+    assert [row["step"] for event in told for row in event["steps"]] == [3, 4, 5]
+    (restart,) = journal.view().candidate("small").restarts
+    assert (restart["from_step"], restart["lost_steps"]) == (5, 0)
+    assert not list(tmp_path.rglob("*.steps"))
