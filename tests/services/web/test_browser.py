@@ -109,7 +109,7 @@ class Live:
         """MLflow's page of a run."""
         return f"{self.mlflow}/#/experiments/{self.experiment}/runs/{self.runs[run]}{tab}?workflowType=machine_learning"
 
-    def steps(self, metric: str = "loss") -> list[int]:
+    def steps(self, metric: str = "tokens") -> list[int]:
         """What the server says of the candidate's steps."""
         history = MlflowClient(self.mlflow).get_metric_history(self.runs["small"], metric)
         return [point.step for point in history]
@@ -132,7 +132,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             for experiment in tracking.search_experiments():
                 for run in tracking.search_runs([experiment.experiment_id], f"tags.`{JOB_TAG}` = '{job}'"):
                     runs[run.data.tags.get(RUN_TAG, "")] = run.info.run_id
-            return "small" in runs and len(tracking.get_metric_history(runs["small"], "loss")) > 50
+            return "small" in runs and len(tracking.get_metric_history(runs["small"], "tokens")) > 50
 
         until(told)
         yield Live(service, job, mlflow, runs, tracking.get_run(runs[""]).info.experiment_id)
