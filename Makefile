@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-nvme test-slurm test-compose lint bench clean
+.PHONY: install demo test test-campaigns test-nvme test-slurm test-compose lint bench clean
 
 install: $(STAMP)
 
@@ -25,7 +25,11 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not compiler and not compose and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not campaign and not compiler and not compose and not slurm"
+
+# Whole jobs whose ranks, workers and coordinators are killed: minutes each, which `make test` leaves out.
+test-campaigns: $(STAMP)
+	$(BIN)/python -m pytest -n 3 --dist loadfile tests/launcher -m campaign
 
 # The optimizer on a real disk; needs a C++ compiler and libaio's headers.
 test-nvme: $(STAMP)

@@ -23,6 +23,8 @@ from launcher.states import JobState
 from tests.compression import made
 from tests.launcher.fingerprint import tensors_checksum
 
+pytestmark = pytest.mark.campaign
+
 CONFIG = made.LLAMA.model_copy(update={"vocab_size": 257})
 GRID = {
     "structure": {"layers": [0.34]},

@@ -28,7 +28,7 @@ from tests.launcher.toys import STEP_SECONDS
 TOY = "tests.launcher.toy_coordinator"
 LIMIT_SECONDS = 300.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.campaign]
 
 
 def _job(tmp_path: Path, steps: int, names: tuple[str, ...] = ("a",), **execution: Any) -> tuple[Home, Journal]:

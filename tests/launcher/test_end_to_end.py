@@ -22,6 +22,8 @@ from tests.launcher.faults import Fault, FaultPlan
 from tests.launcher.fingerprint import fingerprint
 from tests.launcher.leftovers import left_behind
 
+pytestmark = pytest.mark.campaign
+
 Document = dict[str, Any]
 
 

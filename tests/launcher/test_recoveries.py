@@ -185,6 +185,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     return journal
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 def test_a_job_recovers_what_was_planned_and_no_more(recovered: Journal) -> None:
     plan = read_plan(recovered.document("plan"))
@@ -207,6 +208,7 @@ def test_a_job_recovers_what_was_planned_and_no_more(recovered: Journal) -> None
     assert {f"small/{name}" for name in names} < measured
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 def test_nothing_of_the_calibration_stays(recovered: Journal) -> None:
     assert not [path for path in recovered.directory.rglob("statistics") if any(path.iterdir())]
