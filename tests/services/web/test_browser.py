@@ -105,9 +105,9 @@ class Live:
     """Name of a run, as MLflow is told, → its id; the job's own has none."""
     experiment: str
 
-    def page(self, run: str, tab: str = "") -> str:
+    def page(self, run: str) -> str:
         """MLflow's page of a run."""
-        return f"{self.mlflow}/#/experiments/{self.experiment}/runs/{self.runs[run]}{tab}?workflowType=machine_learning"
+        return f"{self.mlflow}/#/experiments/{self.experiment}/runs/{self.runs[run]}?workflowType=machine_learning"
 
     def steps(self, metric: str = "tokens") -> list[int]:
         """What the server says of the candidate's steps."""
@@ -165,7 +165,7 @@ def test_its_link_leads_to_its_run_in_mlflow_which_grows(browser: str, live: Liv
     visit(
         browser,
         tmp_path,
-        live.page("small", "/model-metrics"),
+        live.page("small"),
         f"--screenshot={target}",
         "--window-size=1400,1000",
         milliseconds=15_000,
