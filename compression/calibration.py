@@ -127,9 +127,10 @@ def add_gram(upper: Tensor, rows: Tensor) -> None:
         upper[start:end, start:].addmm_(rows[:, start:end].t(), rows[:, start:])
 
 
-def mirrored(upper: Tensor) -> Tensor:
-    """The whole symmetric matrix [in, in] of one whose upper triangle counts."""
-    return upper.triu().add_(upper.triu(1).t())
+def mirror(upper: Tensor) -> Tensor:
+    """Make a matrix [in, in] of which the upper triangle counts the whole symmetric one, in place; it may be one."""
+    above = upper.triu(1).t()
+    return upper.triu_().add_(above)
 
 
 @dataclass
@@ -166,8 +167,8 @@ class Gathered:
         """Commit: the file appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for name, sums in self.sums.items():
+            mirror(sums.hessian)
             tensors |= {f"{name}:{part}": getattr(sums, part) for part in PARTS}
-            tensors[f"{name}:{PARTS[0]}"] = mirrored(sums.hessian)
         facts = {
             "version": VERSION,
             "shared": self.shared,
@@ -195,7 +196,7 @@ class Gathered:
     def statistics(self, damping: float) -> LayerStatistics:
         """The sums as methods take them."""
         by_input = {
-            name: InputStatistics(mirrored(sums.hessian), sums.rows, sums.absmax, sums.absolute / sums.rows, damping)
+            name: InputStatistics(mirror(sums.hessian), sums.rows, sums.absmax, sums.absolute / sums.rows, damping)
             for name, sums in self.sums.items()
         }
         inputs = {name: by_input[owner] for name, owner in self.shared.items()}

@@ -5,6 +5,7 @@ may hold steps that nobody has heard of; the next process group reads them here.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ class ToldSteps:
 
     def __init__(self, log: Path) -> None:
         self._path = _path(log)
+        self._descriptor: int | None = None
+        self._bytes = 0
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep one step; it survives this process, though not its machine."""
-        with open(self._path, "a", encoding="ascii") as file:
-            file.write(json.dumps(row) + "\n")
-            full = file.tell() > MOST_BYTES
-        if full:
+        """Keep one step; it survives this process, though not its machine. Raises ``OSError``."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._bytes += os.write(self._descriptor, f"{json.dumps(row)}\n".encode("ascii"))
+        if self._bytes > MOST_BYTES:
+            os.close(self._descriptor)
+            self._descriptor, self._bytes = None, 0
             self._path.replace(_older(self._path))
 
 

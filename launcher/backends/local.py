@@ -54,8 +54,14 @@ class LocalBackend:
             spare = self._spare
             if spare is None or not spare.fits(journal):
                 return None
-            self._spare, self._children[spare.process.pid] = None, spare.process
-        return spare.give(journal)
+            self._spare = None
+        try:
+            handle = spare.give(journal)
+        except FileNotFoundError:
+            spare.end()
+            return None
+        self._children[spare.process.pid] = spare.process
+        return handle
 
     def submit(self, journal: Journal) -> Handle:
         """Start one coordinator for the job, or give it the one that is ready."""

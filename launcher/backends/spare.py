@@ -42,7 +42,9 @@ class Spare:
         command = [sys.executable, "-m", MODULE, str(self.folder), "--keeper", str(os.getpid())]
         command += ["--devices", str(self.devices), "--threads", str(THREADS)]
         # Ray starts as many workers as there are devices; they import this before anything is asked of them.
-        early = {"RAY_preload_python_modules": ",".join(EARLY), FOLDER: str(self.folder), **KEPT}
+        # Ray tells a worker its threads with the first work, which is too late for a torch that is there already.
+        early = {"RAY_preload_python_modules": ",".join(EARLY), "OMP_NUM_THREADS": str(THREADS)}
+        early |= {FOLDER: str(self.folder), **KEPT}
         environment = {**os.environ, **own_cluster(), **early}
         with open(self.folder / LOG, "ab") as log:
             self.process = subprocess.Popen(
@@ -72,7 +74,7 @@ class Spare:
         )
 
     def give(self, journal: Journal) -> Handle:
-        """Make it the job's coordinator."""
+        """Make it the job's coordinator. Raises ``FileNotFoundError`` where it has ended meanwhile."""
         draft = self.folder / f"{CLAIM}.draft"
         claim = {"journal": str(journal.directory), "devices": journal.spec().execution.devices or self.devices}
         draft.write_text(json.dumps(claim), encoding="utf-8")
@@ -96,10 +98,10 @@ class Claim:
 
 
 def read_claim(folder: Path) -> Claim | None:
-    """What the process of this folder has been given, if anything."""
+    """What the process of this folder has been given, if anything; None for a folder of somebody else's, too."""
     try:
         claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     return Claim(Path(claim["journal"]), claim["devices"])
 

@@ -7,16 +7,12 @@ import pytest
 
 from tests.compose.engine import Engine, real_engine
 from tests.compose.project import Project, bring_up
-
-HERE = Path(__file__).parent
+from tests.marking import mark_folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of them carry the marker; the hook is given the items of the whole run."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.compose)
-            item.add_marker(pytest.mark.timeout(2400))
+    """All of them need it."""
+    mark_folder(items, Path(__file__).parent, "compose", 2400)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from compression.calibration import (
     CalibrationFiles,
     add_gram,
     calibrate_step,
-    mirrored,
+    mirror,
     read_statistics,
 )
 from compression.sizes import statistics_bytes
@@ -171,8 +171,8 @@ def test_the_gram_matrix_in_blocks_is_the_whole_one_and_symmetric(width: int) ->
     upper = torch.zeros(width, width)
     for rows in (first, second):
         add_gram(upper, rows)
-    whole = mirrored(upper)
+    whole = mirror(upper)
     exact = first.double().T @ first.double() + second.double().T @ second.double()
     assert torch.equal(whole, whole.T)
-    assert torch.equal(mirrored(whole), whole)
+    assert torch.equal(mirror(whole.clone()), whole)
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-4)

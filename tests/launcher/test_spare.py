@@ -69,7 +69,9 @@ def test_a_job_that_fits_is_given_to_the_coordinator_that_is_ready(tmp_path: Pat
         assert LocalBackend().find(journal) == handle
         _until(lambda: _rank(journal) is not None)
         # Ray gave the rank a worker that had been there before the job.
-        assert psutil.Process(_rank(journal)).create_time() < submitted
+        worker = psutil.Process(_rank(journal))
+        assert worker.create_time() < submitted
+        assert worker.environ()["OMP_NUM_THREADS"] == "1"  # whatever it does computes as a worker that is started late
         _until(lambda: backend.status(handle).phase is Phase.ENDED)
     finally:
         backend.keep_spare(False)

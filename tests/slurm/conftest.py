@@ -5,17 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.marking import mark_folder
 from tests.slurm.cluster import RealSlurm, real_slurm
-
-HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of them carry the marker; the hook is given the items of the whole run."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(900))
+    """All of them need it."""
+    mark_folder(items, Path(__file__).parent, "slurm", 900)
 
 
 @pytest.fixture(scope="session")
