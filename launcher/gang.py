@@ -27,7 +27,7 @@ from launcher.policy import (
 )
 from launcher.told import forget_told, told_steps
 from launcher.view import CandidateView, GangView
-from launcher.workers import TRAIN, GroupShape, RankEnded, Report, WorkerGroup
+from launcher.workers import LOST_NODE_SECONDS, TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from parallelism.budget import Burnt
 from parallelism.checkpoint_store import CheckpointInfo, CheckpointStore
 from parallelism.result import TrainResult
@@ -295,7 +295,8 @@ class CandidateRun:
             self._finish()
         elif any(end.cause is not None for end in ends):
             self._first_end_at = self._first_end_at or time.monotonic()
-            if group.finished() or time.monotonic() > self._first_end_at + ROOT_CAUSE_SECONDS:
+            seconds = LOST_NODE_SECONDS if group.unsure() else ROOT_CAUSE_SECONDS
+            if group.finished() or time.monotonic() > self._first_end_at + seconds:
                 self._fail(root_cause(ends))
         elif self._stop_deadline and time.monotonic() > self._stop_deadline:
             self._fail(Ended(0, Cause.STALLED, "no checkpoint within the grace period"))

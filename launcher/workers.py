@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
@@ -30,6 +30,8 @@ from parallelism.stop import StopReason, StopRequest
 TRAIN = "parallelism.run:run_task"
 CONNECT = "parallelism.device:connect"
 HOST_STORE = "parallelism.device:host_store"
+LOST_NODE_SECONDS, ANSWER_SECONDS = 30.0, 1.0
+"""Within what time Ray notices that a node is gone, whatever its settings, and a rank that lives answers."""
 
 RankFunction = Callable[[Any, Callable[[str, dict[str, Any]], None], StopRequest], Any]
 """``(task, report, stop) -> result``: what a rank runs once the process group is connected."""
@@ -203,6 +205,9 @@ class WorkerGroup:
         self._rendezvous: tuple[str, int] | None = None
         self._runs: dict[Any, int] = {}
         self._polls: dict[Any, int] = {}
+        self._asked_at: dict[int, float] = {}
+        self._questions: dict[Any, int] = {}
+        self._doubts: dict[int, float] = {}
         self._results: dict[int, Any] = {}
         self._ends: dict[int, Ended] = {}
 
@@ -234,14 +239,21 @@ class WorkerGroup:
 
     def alive(self) -> bool:
         """Whether every rank has a process; :meth:`facts` says which. Raises :class:`RankEnded`."""
+        self._hear()
         if not self._facts and self._pending_facts and _all_ready(self._pending_facts):
-            self._facts = [self._value(rank, ref) for rank, ref in enumerate(self._pending_facts)]
+            with contextlib.suppress(ActorUnavailableError):
+                self._facts = [self._value(rank, ref) for rank, ref in enumerate(self._pending_facts)]
         return bool(self._facts)
 
     def up(self) -> bool:
         """Whether every rank can start to work, rank 0 having opened the rendezvous. Raises :class:`RankEnded`."""
         if not self.alive() or not _all_ready(self._pending_imports):
             return False
+        with contextlib.suppress(ActorUnavailableError):
+            self._prepare()
+        return self._rendezvous is not None or (not self._connected and not self._pending_imports)
+
+    def _prepare(self) -> None:
         if self._pending_imports:
             for rank, ref in enumerate(self._pending_imports):
                 self._value(rank, ref)
@@ -250,7 +262,6 @@ class WorkerGroup:
                 self._pending_host = self._actors[0].host.remote(self._timeout_seconds)
         if self._pending_host is not None and _all_ready([self._pending_host]):
             self._rendezvous, self._pending_host = self._value(0, self._pending_host), None
-        return self._rendezvous is not None or not self._connected
 
     def launch(self, task: Any) -> None:
         """Have every rank connect and run the group's function on ``task``."""
@@ -268,6 +279,7 @@ class WorkerGroup:
 
     def poll(self) -> list[Report]:
         """Collect what the ranks have said and which of them have ended. A rank that does not answer delays nothing."""
+        self._hear()
         reports = self._collect()
         for ref in _ready(list(self._runs)):
             self._settle(self._runs.pop(ref), ref)
@@ -283,6 +295,7 @@ class WorkerGroup:
 
     def _ask(self, ranks: set[int]) -> None:
         self._polls |= {self._actors[rank].poll.remote(): rank for rank in sorted(ranks)}
+        self._asked_at |= dict.fromkeys(ranks, time.monotonic())
 
     def _wait_for_answers(self, deadline: float) -> list[Report]:
         if self._polls:
@@ -292,14 +305,24 @@ class WorkerGroup:
     def _collect(self) -> list[Report]:
         reports: list[Report] = []
         for ref in _ready(list(self._polls)):
-            del self._polls[ref]
-            with contextlib.suppress(RayError):  # how a rank ended is told by its run
+            rank = self._polls.pop(ref)
+            try:
                 reports += ray.get(ref, timeout=10)
+            except ActorUnavailableError as error:
+                self._doubt(rank, error)
+            except RayError:  # how a rank ended is told by its run
+                continue
         return sorted(reports, key=lambda report: report.time)
 
     def ends(self) -> list[Ended]:
         """The ranks that have ended so far, with their cause, or none where they returned."""
         return [self._ends[rank] for rank in sorted(self._ends)]
+
+    def unsure(self) -> bool:
+        """Whether a rank neither answers nor has ended, as far as Ray knows: its node may have gone with it."""
+        late = time.monotonic() - ANSWER_SECONDS
+        silent = {rank for rank in self._polls.values() if self._asked_at[rank] < late}
+        return any(rank not in self._ends for rank in silent | set(self._doubts))
 
     def finished(self) -> bool:
         """Whether every rank has ended."""
@@ -322,11 +345,17 @@ class WorkerGroup:
             self._reservation.give_back()
         here = {facts.pid for facts in self._facts if facts.node == socket.gethostname()}
         wait_until_gone(here, wait_seconds)
-        self._actors, self._runs, self._polls = [], {}, {}
+        self._actors, self._runs, self._polls, self._questions, self._doubts = [], {}, {}, {}, {}
 
     def _value(self, rank: int, ref: Any) -> Any:
+        """Raises :class:`RankEnded`, and ``ActorUnavailableError`` while it is not known what became of the rank."""
+        if rank in self._ends:
+            raise RankEnded(self._ends[rank])
         try:
             return ray.get(ref, timeout=10)
+        except ActorUnavailableError as error:
+            self._doubt(rank, error)
+            raise
         except RayError as error:
             raise RankEnded(self._end(rank, error)) from error
 
@@ -338,8 +367,33 @@ class WorkerGroup:
         try:
             self._results[rank] = ray.get(ref, timeout=60)
             self._ends[rank] = Ended(rank, None)
+        except ActorUnavailableError as error:
+            self._doubt(rank, error)
         except RayError as error:
             self._ends[rank] = self._end(rank, error)
+
+    def _doubt(self, rank: int, error: ActorUnavailableError) -> None:
+        """Ray cannot reach a rank. It says so at once, but takes a while to notice that the node is gone: ask again."""
+        began = self._doubts.setdefault(rank, time.monotonic())
+        if time.monotonic() > began + LOST_NODE_SECONDS:
+            self._ends[rank] = self._end(rank, error)
+        elif rank not in self._questions.values():
+            self._questions[self._actors[rank].facts.remote()] = rank
+
+    def _hear(self) -> None:
+        """What has become of ranks that could not be reached."""
+        for ref in _ready(list(self._questions)):
+            rank = self._questions.pop(ref)
+            try:
+                ray.get(ref, timeout=10)
+            except ActorUnavailableError as error:
+                self._doubt(rank, error)
+            except RayError as error:
+                self._ends[rank] = self._end(rank, error)
+            else:
+                del self._doubts[rank]
+                if rank not in self._runs.values():
+                    self._ends.setdefault(rank, Ended(rank, Cause.ERROR, "Ray lost the connection to it"))
 
 
 def end_of(rank: int, error: RayError, facts: RankFacts | None, log: Path) -> Ended:
