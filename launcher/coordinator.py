@@ -49,7 +49,7 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
     try:
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
-        with nullcontext(room) if room else _connected(options, journal, spec.execution.threads_per_rank) as found:
+        with nullcontext(room) if room else _connected(options, journal, control) as found:
             control.listen()  # Ray has put its own handlers in place
             _write_servers(journal, options.address)
             job = JobContext(journal, spec, found, control, Nodes(str(journal.directory)).collect, rank_function)
@@ -66,9 +66,15 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
 
 
 @contextmanager
-def _connected(options: Options, journal: Journal, threads: int) -> Iterator[Room]:
-    journal.append("waiting", {"reason": "Ray to start" if options.address == OWN else f"Ray at {options.address}"})
-    with ray_session(options.address, options.devices, threads, options.ray_dir, options.nodes) as room:
+def _connected(options: Options, journal: Journal, control: Control) -> Iterator[Room]:
+    def tell(reason: str) -> None:
+        journal.append("waiting", {"reason": reason})
+
+    tell("Ray to start" if options.address == OWN else f"Ray at {options.address}")
+    threads = journal.spec().execution.threads_per_rank
+    with ray_session(
+        options.address, options.devices, threads, options.ray_dir, options.nodes, tell, control.reason
+    ) as room:
         yield room
 
 

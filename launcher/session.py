@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ LONGEST_TEMP_DIR = 30
 
 
 START_SECONDS = 180.0
+NODES_SECONDS, SILENT_SECONDS = 30.0, 5.0
+"""How long a start waits for all nodes of a cluster once one is there, and how long without a word."""
 
 SERVERS = ("gcs_server", "raylet", "log_monitor.py", "monitor.py", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent")
 
@@ -44,37 +46,58 @@ class Room:
 
 @contextmanager
 def ray_session(
-    address: str, devices: int | None, threads: int, temp_dir: Path | None, nodes: int = 1
+    address: str,
+    devices: int | None,
+    threads: int,
+    temp_dir: Path | None,
+    nodes: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
+    stopped: Callable[[], object] = lambda: None,
 ) -> Iterator[Room]:
     """Connected to Ray inside the block. With :data:`OWN`, the cluster has ``devices`` × ``threads`` CPUs.
 
-    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores. What the cluster
-    offers is measured once it has as many ``nodes``. Raises :class:`RayStartError`.
+    ``devices`` omitted: all that the cluster has, or that this machine carries without sharing cores. A cluster counts
+    as having all of its ``nodes``: what one of them would carry is waited for where it is needed. ``tell`` is given the
+    reason while not a single one is there, until ``stopped`` says that nobody waits. Raises :class:`RayStartError`.
     """
     with _Start(START_SECONDS):
         if address == OWN:
             _start_own((devices or default_devices(threads)) * threads, temp_dir)
         else:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
-            _await_nodes(nodes)
     try:
-        yield measure_room(threads, devices)
+        _await_nodes(nodes, tell, stopped)
+        yield measure_room(threads, devices, nodes)
     finally:
         ray.shutdown()
 
 
-def measure_room(threads: int, most_devices: int | None) -> Room:
-    """What the connected cluster offers, no more than ``most_devices`` of it."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    found = gpus or int(resources.get("CPU", 0)) // threads
-    devices = found if most_devices is None else min(found, most_devices)
-    return Room(devices=devices, threads=threads, gpus=gpus > 0, cores=physical_cores())
+def measure_room(threads: int, most_devices: int | None, nodes: int = 1) -> Room:
+    """What the connected cluster offers once it has all of its nodes, no more than ``most_devices`` of it."""
+    carrying = carrying_nodes()
+    gpus = any(node.get("GPU", 0) for node in carrying)
+    found = [int(node.get("GPU", 0)) if gpus else int(node.get("CPU", 0)) // threads for node in carrying]
+    promised = sum(found) + max(found, default=0) * max(0, nodes - len(found))
+    devices = promised if most_devices is None else min(promised, most_devices)
+    return Room(devices=devices, threads=threads, gpus=gpus, cores=physical_cores())
 
 
-def _await_nodes(nodes: int) -> None:
-    """Nodes of one allocation come up at different times; :class:`_Start` bounds the wait."""
-    while sum(node["Alive"] for node in ray.nodes()) < nodes:
+def carrying_nodes() -> list[dict[str, float]]:
+    """Resources of the nodes that are up and have any for ranks, which a head may not."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [one for one in resources if one.get("CPU", 0) or one.get("GPU", 0)]
+
+
+def _await_nodes(nodes: int, tell: Callable[[str], None], stopped: Callable[[], object]) -> None:
+    """Nodes come up at different times, and one may be away for long: one is enough to begin with."""
+    started, told = time.monotonic(), False
+    while (found := len(carrying_nodes())) < nodes and not stopped():
+        waited = time.monotonic() - started
+        if found and waited > NODES_SECONDS:
+            return
+        if waited > SILENT_SECONDS and not told:
+            tell(f"Ray's nodes: {found} of {nodes} are up")
+            told = True
         time.sleep(0.2)
 
 

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher import session
 from launcher.policy import TEMPORARY_EXIT_CODE
-from launcher.session import RayStartError, _Start
+from launcher.session import RayStartError, _await_nodes, _Start, measure_room
 
 HANGS = "import time; from launcher.session import _Start\nwith _Start(0.1):\n    time.sleep(60)"
 
@@ -25,3 +28,58 @@ def test_a_start_that_hangs_ends_the_process_and_says_so() -> None:
     )
     assert done.returncode == TEMPORARY_EXIT_CODE
     assert done.stderr.strip().endswith("Ray did not start within 0.1 s")
+
+
+class Nodes:
+    """Ray's list of nodes, as somebody who asks again and again finds it; the last answer stays."""
+
+    def __init__(self, *answers: Sequence[dict[str, float]]) -> None:
+        self._answers = list(answers)
+
+    def __call__(self) -> list[dict[str, Any]]:
+        resources = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        return [{"Alive": True, "Resources": one} for one in resources]
+
+
+HEAD: dict[str, float] = {"node:__internal_head__": 1.0}
+CPUS, GPUS = {"CPU": 5.0}, {"CPU": 8.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "devices", "gpus"),
+    [
+        ([CPUS], 1, 2, False),
+        ([CPUS, CPUS], 2, 4, False),
+        ([HEAD, CPUS], 3, 6, False),
+        ([HEAD, GPUS], 2, 4, True),
+        ([HEAD, {"CPU": 4.0}, GPUS], 2, 2, True),
+        ([HEAD], 2, 0, False),
+    ],
+)
+def test_a_cluster_counts_as_whole_while_nodes_are_away(
+    monkeypatch: pytest.MonkeyPatch, resources: list[dict[str, float]], nodes: int, devices: int, gpus: bool
+) -> None:
+    monkeypatch.setattr("ray.nodes", Nodes(resources))
+    room = measure_room(2, None, nodes)
+    assert (room.devices, room.gpus) == (devices, gpus)
+    assert measure_room(2, 1, nodes).devices == min(1, devices)
+
+
+def test_a_head_without_processors_is_no_node_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", Nodes([HEAD], [HEAD, CPUS], [HEAD, CPUS, CPUS]))
+    _await_nodes(2, pytest.fail, lambda: None)
+
+
+def test_one_node_is_enough_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "NODES_SECONDS", 0.5)
+    monkeypatch.setattr("ray.nodes", Nodes([HEAD, CPUS]))
+    _await_nodes(2, pytest.fail, lambda: None)
+
+
+def test_where_there_is_no_node_it_is_said_until_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(session, "NODES_SECONDS", 0.1)
+    monkeypatch.setattr(session, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("ray.nodes", Nodes([HEAD]))
+    _await_nodes(2, told.append, lambda: told)
+    assert told == ["Ray's nodes: 0 of 2 are up"]
