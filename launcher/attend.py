@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launcher.environment import end_with_parent
+
 POLL_SECONDS = 0.5
 NOW = "now"
 
@@ -30,9 +32,10 @@ def attend(command: Sequence[str], stop_file: Path, watch: Callable[[], bool] = 
     """Run a command to its end; its exit code as a shell has it (128 + the signal that ended it).
 
     SIGTERM to this process does nothing: batch systems send it to all processes, and twice it means something else to a
-    coordinator. When ``watch`` returns false, what the command needs is gone, and so is the command.
+    coordinator. When ``watch`` returns false, what the command needs is gone, and so is the command. It also ends with
+    this process, whatever ends that.
     """
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent())
     before = signal.signal(signal.SIGTERM, _leave_it_to_the_command)
     asked = False
     try:

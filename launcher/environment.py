@@ -1,11 +1,17 @@
 """The environment of the processes a job starts. Does not import Ray, which reads its environment on import."""
 
+import ctypes
 import os
 import secrets
+import signal
 import socket
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+SIGNAL_WHEN_PARENT_DIES = 1
+"""``PR_SET_PDEATHSIG`` of Linux."""
 LONGEST_TEMP_DIR = 17
 """Ray's sockets lie below it, and AF_UNIX paths are short: `/esp-XXXXXXXX` follows, up to a session's limit."""
 
@@ -62,3 +68,16 @@ def python_path() -> str:
     """``PYTHONPATH`` for child processes: the code that runs here first, then what this process was given."""
     root = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """``preexec_fn`` for a child that is sent this signal when the calling thread ends, however it ends (on Linux)."""
+    parent = os.getpid()
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(SIGNAL_WHEN_PARENT_DIES, int(number))
+            if os.getppid() != parent:  # it ended before this was asked for
+                os._exit(1)
+
+    return ask

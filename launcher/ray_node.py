@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.attend import attend
+from launcher.environment import end_with_parent
 from launcher.policy import TEMPORARY_EXIT_CODE
 
 HEAD_SECONDS = 180.0
@@ -31,6 +32,8 @@ PATIENCE_SECONDS = 10.0
 KILLED = 128 + signal.SIGKILL
 OBJECT_STORE_BYTES = 256 * 2**20
 """Only small messages pass through Ray; tensors travel through files and collectives."""
+AT_ONCE = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+"""Servers that are asked to end have nothing left to do; Ray would have them wait for their end until it is forced."""
 NODE_NAME = "SLURMD_NODENAME"
 """Where Slurm says which node this is."""
 
@@ -85,8 +88,8 @@ class Node:
 
 def run(node: Node) -> int:
     """Take part until the job's coordinator has ended; the head returns its exit code, others 0."""
-    if node.is_head:
-        shutil.rmtree(node.ray_dir, ignore_errors=True)  # of an earlier life here
+    for folder in [*_earlier_dirs(node.ray_dir), *([node.ray_dir] if node.is_head else [])]:
+        shutil.rmtree(folder, ignore_errors=True)
     node.ray_dir.mkdir(mode=0o700, exist_ok=True)  # Ray would let everybody in
     try:
         return _lead(node) if node.is_head else _follow(node)
@@ -94,6 +97,12 @@ def run(node: Node) -> int:
         if node.is_head:
             node.done_file.touch()
         shutil.rmtree(node.ray_dir, ignore_errors=True)
+
+
+def _earlier_dirs(ray_dir: Path) -> list[Path]:
+    """Those of the job's earlier lives, which end in ``.LIFE``: what was killed could not remove its own."""
+    stem, _, life = ray_dir.name.rpartition(".")
+    return [ray_dir.with_name(f"{stem}.{number}") for number in range(int(life))] if life.isdigit() else []
 
 
 def _lead(node: Node) -> int:
@@ -125,7 +134,7 @@ def _follow(node: Node) -> int:
             time.sleep(0.5)
             continue
         with _servers(node) as servers:
-            while servers.poll() is None and listens(node.address):
+            while servers.poll() is None and listens(node.address) and not node.done_file.exists():
                 time.sleep(1.0)
         deadline = time.monotonic() + LOST_HEAD_SECONDS
     return 0
@@ -133,9 +142,18 @@ def _follow(node: Node) -> int:
 
 @contextmanager
 def _servers(node: Node) -> Iterator[subprocess.Popen[bytes]]:
-    """Ray's servers of this node, in a process group of their own, which is gone after the block."""
+    """Ray's servers of this node, in a process group of their own, which is gone after the block.
+
+    It also ends with this process: a batch system kills what it knows of, and a head that was left would be taken for
+    that of the job's next life, which listens at the same address.
+    """
     servers = subprocess.Popen(
-        node.ray_command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        node.ray_command(),
+        env=os.environ | AT_ONCE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=end_with_parent(),
     )
     try:
         yield servers

@@ -4,7 +4,6 @@ For programs that cannot look after that themselves. Imports nothing heavy: one 
 When it is killed itself, the command is told to end by the kernel (on Linux).
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,10 +11,10 @@ import sys
 import time
 from types import FrameType
 
+from launcher.environment import end_with_parent
+
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0
-SIGNAL_WHEN_PARENT_DIES = 1
-"""``PR_SET_PDEATHSIG`` of Linux."""
 
 
 def main() -> int:
@@ -29,17 +28,11 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(signal.SIGTERM))
     while child.poll() is None and not ending and os.getppid() == keeper:
         time.sleep(POLL_SECONDS)
     _end_group(child)
     return child.wait()
-
-
-def _end_with_parent() -> None:
-    """In the child, before it becomes the command."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SIGNAL_WHEN_PARENT_DIES, int(signal.SIGTERM))
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

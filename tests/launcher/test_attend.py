@@ -1,14 +1,17 @@
 """A coordinator elsewhere is stopped through a shared file; a node of Ray knows what to start."""
 
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.attend import ask_to_stop, attend
-from launcher.ray_node import Node, listens, parse
+from launcher.ray_node import Node, _earlier_dirs, listens, parse
+from tests.services.running import ROOT, until
 
 PATIENT = """
 import signal, sys, time
@@ -64,3 +67,28 @@ def test_the_head_starts_ray_and_the_coordinator_and_others_join_it() -> None:
 
 def test_nobody_listens_where_nobody_is() -> None:
     assert not listens("127.0.0.1:9")
+
+
+ATTENDED = """
+import os, sys, time
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+def test_the_command_ends_with_whoever_attends_it(tmp_path: Path) -> None:
+    """A batch system kills what it knows of, and that may be the parent alone."""
+    written = tmp_path / "pid"
+    command = [sys.executable, "-c", ATTENDED, str(written)]
+    attending = subprocess.Popen([sys.executable, "-m", "launcher.attend", str(tmp_path / "stop"), *command], cwd=ROOT)
+    until(lambda: written.exists() and written.read_text(), 60)
+    attended = psutil.Process(int(written.read_text()))
+    attending.kill()
+    attending.wait()
+    psutil.wait_procs([attended], timeout=60)
+    assert not attended.is_running()
+
+
+def test_what_earlier_lives_left_behind_is_known() -> None:
+    assert _earlier_dirs(Path("/tmp/esp-7.2")) == [Path("/tmp/esp-7.0"), Path("/tmp/esp-7.1")]
+    assert _earlier_dirs(Path("/tmp/esp-7.0")) == _earlier_dirs(Path("/tmp/esp-x")) == []
