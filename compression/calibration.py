@@ -7,7 +7,6 @@ there are follows from the number of sequences alone, so that the sums do not de
 """
 
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from compression.container import TensorFile, TensorSpec, write
 from compression.evaluation import Rows, Weights, step_sequences
 from compression.methods.base import InputStatistics, LayerStatistics
 from compression.text import shards
+from parallelism import places
 from parallelism.layer_reader import plain_family
 from parallelism.models.base import ModelConfig, Observer
 
@@ -58,12 +58,13 @@ class CalibrationFiles:
 
     def reached(self, shard: int) -> int:
         """Number of steps that are done."""
-        found = sorted(self.folder.glob(f"hidden-{shard:03d}-*.npy"))
-        return int(found[-1].stem.rpartition("-")[2]) if found else 0
+        prefix = f"hidden-{shard:03d}-"
+        found = [name for name in places.sizes(self.folder) if name.startswith(prefix) and name.endswith(".npy")]
+        return int(found[-1].removeprefix(prefix).removesuffix(".npy")) if found else 0
 
     def remove_layer(self, layer: int) -> None:
         """Delete the sums of a layer that nobody needs any more."""
-        shutil.rmtree(self.folder / f"{layer:05d}", ignore_errors=True)
+        places.remove(self.folder / f"{layer:05d}")
 
 
 def calibrate_step(
@@ -73,7 +74,7 @@ def calibrate_step(
     if files.reached(shard) > layer:
         return
     before = files.hidden(layer, shard)
-    if layer == 0 and not before.exists():
+    if layer == 0 and not places.exists(before):
         embed(model, rows, positions, before)
     with torch.inference_mode():
         weights = model.layer(layer)
@@ -86,7 +87,7 @@ def calibrate_step(
             outputs,
             before_it_appears=lambda: gathered.write(files.sums(layer, shard)),
         )
-    before.unlink(missing_ok=True)
+    places.remove(before)
 
 
 def read_statistics(
@@ -96,7 +97,7 @@ def read_statistics(
     gathered = Gathered()
     for shard in range(len(shards(sequences))):
         path = files.sums(layer, shard)
-        if not path.exists():
+        if not places.exists(path):
             raise ValueError(f"{path} is missing: layer {layer} has not been calibrated; calibrate the candidate first")
         gathered.add_file(TensorFile(path), device)
     return gathered.statistics(damping)
@@ -178,6 +179,7 @@ class Gathered:
         }
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         write(path, specs, tensors.__getitem__, {_FACTS: json.dumps(facts)})
+        places.share(path, keep=False)
 
     def add_file(self, file: TensorFile, device: torch.device | str) -> None:
         """Add what another shard has written."""
@@ -214,7 +216,7 @@ def embed(model: Weights, rows: Rows, positions: range, path: Path) -> None:
 
 
 def _shape(states: Path) -> tuple[int, ...]:
-    return tuple(np.load(states, mmap_mode="r").shape)
+    return tuple(np.load(places.need(states), mmap_mode="r").shape)
 
 
 def pass_through(
@@ -229,7 +231,7 @@ def pass_through(
     ``observer`` sees the input of every linear layer, ``compare`` the states before and behind the layer.
     """
     family, device = plain_family(config), next(iter(weights.values())).device
-    before = np.load(states, mmap_mode="r")
+    before = np.load(places.need(states), mmap_mode="r")
     step = step_sequences(weights, config.hidden, before.shape[1])
     for start in range(0, len(before), step):
         part = torch.from_numpy(np.array(before[start : start + step])).to(device)
@@ -255,6 +257,7 @@ def write_states(
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+    places.share(path, keep=False)
 
 
 def statistics_hash(source: str, *facts: object) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from compression.container import TensorFile, TensorSpec, write
 from compression.matrix import STORED_DTYPE, CompressedMatrix, Encoding, decode, encode
 from compression.recipe import Recipe
+from parallelism import places
 from parallelism.checkpoint_store import read_model
 from parallelism.models.base import ModelConfig
 
@@ -44,7 +45,9 @@ class CompactPart:
     def write(self, path: Path) -> int:
         """Write the file under a unique name, then rename it; returns its bytes."""
         specs = {name: TensorSpec.of(tensor) for name, tensor in self._tensors.items()}
-        return write(path, specs, self._tensors.__getitem__, _metadata(self._encodings, {}))
+        size = write(path, specs, self._tensors.__getitem__, _metadata(self._encodings, {}))
+        places.share(path)
+        return size
 
 
 class CompactFile:
@@ -122,7 +125,9 @@ def assemble(
         file, theirs = owner[name]
         return file.read(theirs)
 
-    return write(path, specs, read, _metadata(encodings, facts))
+    size = write(path, specs, read, _metadata(encodings, facts))
+    places.share(path)
+    return size
 
 
 def _renumbered(name: str, numbers: Mapping[int, int] | None) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallelism import places
 from parallelism.layer_reader import read_range
 
 _DTYPES = {
@@ -90,7 +91,7 @@ class TensorFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = places.need(path)
         header, self._start = self._read_header()
         self.metadata: dict[str, str] = header.pop(_METADATA, {})
         try:

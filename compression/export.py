@@ -26,6 +26,7 @@ from compression.huggingface_config import config_json
 from compression.matrix import STORED_DTYPE, Encoding
 from compression.quantized_format import quantization_config, stored_format, stored_specs, stored_tensors
 from compression.results import ExportFormat, ExportResult, Quality
+from parallelism import places
 from parallelism.data.prepared import TOKENIZER, PreparedData
 from parallelism.models.gpt.config import GPTConfig
 
@@ -80,7 +81,10 @@ def export(
         _write_json(draft / "config.json", document | {"espalier": facts})
         _write_tokenizer(draft, data, file.config.context)
         (draft / "README.md").write_text(model_card(result, facts), encoding="utf-8")
+        if places.is_mirrored(target):
+            places.remove(target)  # what an export of other inputs has left
         _replace(draft, target)
+        places.share(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return result

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from parallelism import places
 from parallelism.options import Options
 
 PACKAGE = "lm_eval"
@@ -58,6 +59,8 @@ def score(directories: Mapping[str, str], config: HarnessConfig, *, device: str 
 
     Raises :class:`HarnessError`.
     """
+    for directory in directories.values():
+        places.need(directory)
     found: dict[str, dict[str, float]] = _ask(config, directories, device)
     return found
 

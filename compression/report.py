@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compression.frontier import Point, frontier
 from compression.results import Variant
-from compression.workspace import write_text
+from parallelism import places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +41,12 @@ def write_report(variants: Sequence[Variant], directory: str | Path, title: str 
     directory = Path(directory)
     marked = mark_frontier(variants)
     files = ReportFiles(directory / "frontier.md", directory / "frontier.png", directory / "frontier.json")
-    write_text(files.table, markdown(marked))
-    write_text(files.data, json.dumps({"version": 1, "variants": [variant.row() for variant in marked]}, indent=1))
+    places.write_text(files.table, markdown(marked))
+    places.write_text(
+        files.data, json.dumps({"version": 1, "variants": [variant.row() for variant in marked]}, indent=1)
+    )
     draw(marked, files.picture, title)
+    places.share(files.picture, keep=False)
     return files
 
 

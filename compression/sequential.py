@@ -20,6 +20,7 @@ from compression.evaluation import Rows, Weights
 from compression.recipe import Recipe, Strengths
 from compression.solve import Solved, solve_layer
 from compression.structure import reduced_config
+from parallelism import places
 from parallelism.models.base import ModelConfig
 
 SHARD = 0
@@ -54,7 +55,7 @@ class Chain:
 def solve_next(chain: Chain, layer: int, strengths: Strengths) -> Solved:
     """Compress one layer; the steps before have to be done. Only :func:`advance` makes the step count."""
     states = _reached(chain.files)
-    if not states.exists():
+    if not places.exists(states):
         embed(chain.start, chain.rows, range(chain.sequences), states)
     config, weights, gathered = chain.model.config, chain.model.layer(layer), Gathered()
     for _ in pass_through(config, weights, states, gathered, gathered.compare):
@@ -71,12 +72,12 @@ def advance(
     Where the recipe rounds activations, the layers to come are calibrated on what rounded ones lead to.
     """
     before = _reached(files)
-    shape = tuple(np.load(before, mmap_mode="r").shape)
+    shape = tuple(np.load(places.need(before), mmap_mode="r").shape)
     with torch.inference_mode():
         reduced = reduced_config(config, recipe.as_solved.structure)
         outputs = pass_through(reduced, weights, before, RoundedInputs.of(recipe))
         write_states(files.hidden(layer + 1, SHARD), shape, outputs)
-    before.unlink(missing_ok=True)
+    places.remove(before)
 
 
 def _reached(files: CalibrationFiles) -> Path:

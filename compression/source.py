@@ -14,6 +14,7 @@ from compression.compact import CompactFile
 from compression.container import TensorFile
 from compression.evaluation import Weights
 from compression.pretrained import CONFIG, PretrainedWeights
+from parallelism import places
 from parallelism.checkpoint_store import MANIFEST, read_info
 from parallelism.data.prepared import TOKENIZER
 from parallelism.layer_reader import CheckpointWeights, read_range
@@ -43,7 +44,7 @@ def read_source(path: str | Path) -> Source:
     path = Path(path)
     if _is_checkpoint(path):
         info = read_info(path)
-        return Source(info.model, sha256((path / MANIFEST).read_bytes()).hexdigest(), asdict(info.progress))
+        return Source(info.model, sha256(places.read_bytes(path / MANIFEST)).hexdigest(), asdict(info.progress))
     if path.is_dir():
         weights = PretrainedWeights(path)
         config = (path / CONFIG).read_bytes()
@@ -76,11 +77,14 @@ def find_tokenizer(path: str | Path) -> Path:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether it is a checkpoint's directory. Raises ``ValueError`` where nothing can be read."""
+    if places.exists(path / MANIFEST):
+        return True
+    places.need(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: name a checkpoint or a Hugging Face directory")
-    if path.is_dir() and not (path / MANIFEST).is_file() and not (path / CONFIG).is_file():
+    if path.is_dir() and not (path / CONFIG).is_file():
         raise ValueError(f"{path} is no complete checkpoint (no {MANIFEST}) and holds no {CONFIG}: name another")
-    return (path / MANIFEST).is_file()
+    return False
 
 
 def _fingerprint(config: bytes, files: list[TensorFile]) -> str:

@@ -33,7 +33,8 @@ from compression.source import open_weights, read_source
 from compression.structure import reduced_config
 from compression.text import CalibrationText, shards
 from compression.verification import verify
-from compression.workspace import Workspace, chain_directory, inputs_hash, write_text
+from compression.workspace import Workspace, chain_directory, inputs_hash
+from parallelism import places
 from parallelism.data.batches import TokenBatches
 from parallelism.layer_reader import CheckpointWeights
 from parallelism.models.base import ModelConfig
@@ -367,14 +368,14 @@ def _commit(workspace: Workspace, layer: int | None, inputs: str, solve: Callabl
 def _commit_measures(path: Path, kind: type[_Measured], inputs: str, make: Callable[[], _Measured]) -> _Measured:
     """What is committed for these inputs, or else what ``make`` finds, written."""
     try:
-        done = kind.model_validate_json(path.read_bytes())
+        done = kind.model_validate_json(places.read_bytes(path))
     except (FileNotFoundError, ValidationError):
         done = None
     if done is not None and done.inputs == inputs:
         return done
     with torch.inference_mode():
         found = make().model_copy(update={"inputs": inputs})
-    write_text(path, found.model_dump_json())
+    places.write_text(path, found.model_dump_json())
     return found
 
 

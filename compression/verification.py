@@ -19,6 +19,7 @@ from compression.container import sha256
 from compression.evaluation import held_out_sequences, logits
 from compression.export import DENSE
 from compression.results import ExportResult, Quality, Verification
+from parallelism import places
 from parallelism.data.batches import TokenBatches
 from parallelism.host_memory import available_memory
 
@@ -61,6 +62,7 @@ def verify(
     text = TokenBatches(data_dir, "validation", sequence_length, seed)
     rows = text.rows(range(held_out_sequences(text, tokens)))
     for export in exports:
+        places.need(export.directory)
         _check_files(export)
     if memory_bytes is None:
         memory_bytes = available_memory()

@@ -11,9 +11,6 @@ inputs cannot overwrite a committed file, and one of the same inputs writes the 
 """
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +19,7 @@ from pydantic import ValidationError
 
 from compression.recipe import Recipe
 from compression.results import LayerResult
+from parallelism import places
 
 MANIFEST = "manifest.json"
 CODE_VERSION = 3
@@ -50,14 +48,13 @@ class Workspace:
         """What was committed for this layer, if its files are whole and (where given) it was made of ``inputs``."""
         folder = self.layer(index)
         try:
-            result = LayerResult.model_validate_json((folder / MANIFEST).read_bytes())
+            result = LayerResult.model_validate_json(places.read_bytes(folder / MANIFEST))
         except (FileNotFoundError, ValidationError):
             return None
         if inputs is not None and result.inputs != inputs:
             return None
-        sizes = {part.file: part.bytes for part in result.parts}
-        whole = all(_size(folder / name) == size for name, size in sizes.items())
-        return result if whole else None
+        found = places.sizes(folder)
+        return result if all(found.get(part.file) == part.bytes for part in result.parts) else None
 
     def require(self, index: int | None) -> LayerResult:
         """What was committed for this layer. Raises ``ValueError`` where nothing was."""
@@ -70,11 +67,11 @@ class Workspace:
     def commit(self, result: LayerResult) -> None:
         """Declare a layer done; its files must be there. What other inputs left in its folder is removed."""
         folder = self.layer(result.layer)
-        write_text(folder / MANIFEST, result.model_dump_json(indent=1))
+        places.write_text(folder / MANIFEST, result.model_dump_json(indent=1))
         current = {part.file for part in result.parts}
-        for path in folder.glob("*.safetensors"):
-            if path.name not in current:
-                path.unlink(missing_ok=True)
+        for name in places.sizes(folder):
+            if name.endswith(".safetensors") and not name.startswith(".") and name not in current:
+                places.remove(folder / name)
 
     def remove_drafts(self) -> None:
         """Delete what killed writers left unfinished, here and in the chains; nobody may be writing."""
@@ -84,11 +81,11 @@ class Workspace:
 
     def remove_statistics(self) -> None:
         """Delete the statistics of this candidate, of whatever inputs."""
-        shutil.rmtree(self.directory / "statistics", ignore_errors=True)
+        places.remove(self.directory / "statistics")
 
     def remove_layers(self) -> None:
         """Delete the layers' files; the assembled variants stay."""
-        shutil.rmtree(self.directory / "layers", ignore_errors=True)
+        places.remove(self.directory / "layers")
 
 
 def chain_directory(out: str, recipe: Recipe) -> Path:
@@ -100,24 +97,3 @@ def inputs_hash(source: str, recipes: Sequence[Recipe], *others: object) -> str:
     """Hash of all that a layer's files are made of: the model's fingerprint, recipes, and ``others`` (JSON-able)."""
     facts = [CODE_VERSION, source, [recipe.model_dump(mode="json") for recipe in recipes], *others]
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a unique name, then rename it: readers see the whole file or none. Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None

@@ -1,14 +1,14 @@
 """Handing a candidate's newest checkpoint from one process group to the next. Torch-free.
 
 Every process group writes its checkpoints under a root of its own. The next group takes over the newest complete one by
-hard links, which costs no bytes and no time, and from then on whatever the old group still writes or deletes, should it
-live on somewhere, is out of sight.
+hard links, which costs no bytes and no time (an object store copies inside itself), and from then on whatever the old
+group still writes or deletes, should it live on somewhere, is out of sight.
 """
 
-import os
-import shutil
+import contextlib
 from pathlib import Path
 
+from parallelism import places
 from parallelism.checkpoint_store import MANIFEST, CheckpointInfo, CheckpointStore, read_info
 
 
@@ -26,30 +26,19 @@ def adopt_newest(source: Path | None, target: Path) -> CheckpointInfo | None:
             link_checkpoint(newest.path, adopted)
             return read_info(adopted)
         except (FileNotFoundError, ValueError):
-            shutil.rmtree(adopted, ignore_errors=True)
+            places.remove(adopted)
     return None
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
     """Make ``target`` a second name of each file of a checkpoint, its manifest last; copies where that cannot be."""
-    names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    for name in [name for name in names if str(name) != MANIFEST] + [Path(MANIFEST)]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(source / name, target / name)
+    for name in [name for name in places.sizes(source) if name != MANIFEST] + [MANIFEST]:
+        places.copy(source / name, target / name)
 
 
 def remove_older_roots(checkpoints_dir: Path, current: Path) -> None:
     """Delete the roots of earlier process groups; names sort by epoch and group, so that newer ones are left alone."""
-    for root in sorted(checkpoints_dir.iterdir()):
+    for root in places.folders(checkpoints_dir):
         if root.name < current.name:
-            shutil.rmtree(root, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        target.unlink()
-        os.link(source, target)
-    except PermissionError:  # a file system without hard links
-        shutil.copyfile(source, target)
+            with contextlib.suppress(OSError):
+                places.remove(root)

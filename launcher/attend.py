@@ -5,7 +5,6 @@ ended. Torch-free.
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.environment import end_with_parent
+from parallelism import places
 
 POLL_SECONDS = 0.5
 NOW = "now"
@@ -22,10 +22,7 @@ NOW = "now"
 
 def ask_to_stop(stop_file: Path, *, now: bool = False) -> None:
     """Create the file."""
-    stop_file.parent.mkdir(parents=True, exist_ok=True)
-    draft = stop_file.with_name(f"{stop_file.name}.{os.getpid()}")
-    draft.write_text(NOW if now else "", encoding="utf-8")
-    draft.replace(stop_file)
+    places.write_text(stop_file, NOW if now else "")
 
 
 def attend(command: Sequence[str], stop_file: Path, watch: Callable[[], bool] = lambda: True) -> int:
@@ -59,7 +56,7 @@ def _leave_it_to_the_command(number: int, frame: FrameType | None) -> None:
 
 def _asked(stop_file: Path) -> str | None:
     try:
-        return stop_file.read_text(encoding="utf-8").strip()
+        return places.read_bytes(stop_file).decode().strip()
     except FileNotFoundError:
         return None
 
@@ -71,7 +68,7 @@ def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 def main() -> int:
     """Entry point of the process."""
-    return attend(sys.argv[2:], Path(sys.argv[1]))
+    return attend(sys.argv[2:], places.at(sys.argv[1]))
 
 
 if __name__ == "__main__":

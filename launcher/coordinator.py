@@ -1,4 +1,4 @@
-"""The driver of one job: ``python -m launcher.coordinator JOURNAL_DIR --address RAY``.
+"""The driver of one job: ``python -m launcher.coordinator JOURNAL --address RAY``.
 
 It claims an epoch, connects to Ray and works through the stages, skipping those that are done. It answers to the
 journal alone: what it is asked for stands in ``desired.json``, what it does in the events. Killed at any moment, it is
@@ -17,19 +17,23 @@ from pathlib import Path
 
 from launcher.context import STOPPED, JobContext, Stage
 from launcher.control import Control, Stopped
-from launcher.journal import Journal, StaleEpochError
+from launcher.copies import leave, leave_nodes
+from launcher.journal import Journal, StaleEpochError, open_journal
+from launcher.life import show_life
 from launcher.policy import EXIT_DONE, EXIT_FAILED, EXIT_STALE, EXIT_STOPPED, TEMPORARY_EXIT_CODE
 from launcher.session import OWN, RayStartError, Room, own_servers, ray_session
 from launcher.states import RESTING, JobState
 from launcher.system import NodeLostError, Nodes
 from launcher.workers import TRAIN
+from parallelism import places
 
 
 @dataclass(frozen=True)
 class Options:
     """How a coordinator is started."""
 
-    journal: Path
+    journal: str
+    """Its location."""
     address: str
     devices: int | None = None
     ray_dir: Path | None = None
@@ -42,10 +46,12 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
 
     ``room``: what the cluster offers, where this process is connected already.
     """
-    journal = Journal(options.journal)
+    journal = open_journal(options.journal)
     spec, control = journal.spec(), Control(journal, options.keeper)
     control.listen()
     journal.claim_epoch()
+    if places.is_mirrored(journal.directory):
+        show_life(journal.log_path("coordinator"))
     try:
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
@@ -56,6 +62,8 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
             state, error = _work(job, stages)
             _write_servers(journal, options.address, "process_ended")
             _end(journal, state, error)
+            leave_nodes(journal)
+        leave(journal)
     except (StaleEpochError, RayStartError, NodeLostError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return EXIT_STALE if isinstance(error, StaleEpochError) else TEMPORARY_EXIT_CODE
@@ -123,7 +131,7 @@ def _describe(room: Room) -> dict[str, object]:
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Options from the command line."""
     parser = argparse.ArgumentParser(prog="python -m launcher.coordinator", description="Drive one job.")
-    parser.add_argument("journal", type=Path, metavar="JOURNAL_DIR", help="the job's directory")
+    parser.add_argument("journal", help="the job's directory, or its address in an object store")
     parser.add_argument("--address", required=True, help="a Ray cluster, or 'own' for one that ends with this process")
     parser.add_argument("--devices", type=int, help="ranks the job may hold at once; default: what the cluster has")
     parser.add_argument("--ray-dir", type=Path, help="own cluster: its short temporary directory, removed at the end")

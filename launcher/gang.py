@@ -164,6 +164,7 @@ class CandidateRun:
         return WorkerGroup(
             self.shape,
             partial(self._log, self._journal.epoch, self._gangs),
+            self._journal.location,
             function=self._function,
             connected=self._connected,
             timeout_seconds=self._stall_seconds,

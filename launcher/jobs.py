@@ -1,5 +1,6 @@
 """Jobs under one home directory: make, find, list, run, stop, tidy up. Torch-free."""
 
+import contextlib
 import secrets
 import shutil
 import sys
@@ -14,9 +15,12 @@ from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, H
 from launcher.journal import Journal
 from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
 from launcher.processes import end_processes
+from launcher.profiles import JOBS
 from launcher.spec import JobSpec
 from launcher.states import FINAL, RESTING, JobState, can_continue
 from launcher.tracking import FeederProcess
+from parallelism import places
+from parallelism.objects import PATIENCE_SECONDS, ObjectTree
 
 POLL_SECONDS = 0.3
 UNAVAILABLE_SECONDS = 5.0
@@ -30,9 +34,26 @@ class JobError(ValueError):
 
 @dataclass(frozen=True)
 class Home:
-    """The directory under which all jobs and the MLflow store live; two homes never touch each other."""
+    """The directory under which all jobs and the MLflow store live; two homes never touch each other.
+
+    ``journals``: an fsspec URL, such as ``s3://bucket/jobs``, under which the jobs lie instead. Their directories below
+    the home are then copies of what is needed on this machine. A store that does not answer is waited for as long as
+    ``patience_seconds``.
+    """
 
     path: Path
+    journals: str | None = None
+    patience_seconds: float = PATIENCE_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.journals is not None and not places.is_mirrored(self.jobs_dir):
+            places.mirror(self.jobs_dir, ObjectTree(self.journals, self.patience_seconds))
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for an object store that cannot hold journals."""
+        found = places.store_of(self.jobs_dir)
+        if found is not None:
+            found[0].check()
 
     @property
     def root(self) -> Path:
@@ -42,7 +63,7 @@ class Home:
     @property
     def jobs_dir(self) -> Path:
         """One folder per job."""
-        return self.root / "jobs"
+        return self.root / JOBS
 
     def journal(self, job_id: str) -> Journal:
         """The journal of a job, whether it exists or not."""
@@ -57,9 +78,7 @@ def create_job(spec: JobSpec, home: Home, job_id: str | None = None) -> Journal:
 
 def list_jobs(home: Home) -> list[Journal]:
     """All jobs, oldest first."""
-    if not home.jobs_dir.is_dir():
-        return []
-    found = [Journal(path) for path in home.jobs_dir.iterdir() if path.is_dir()]
+    found = [Journal(path) for path in places.folders(home.jobs_dir)]
     return sorted((job for job in found if job.exists), key=lambda job: float(job.facts()["created"]))
 
 
@@ -235,6 +254,8 @@ def collect_garbage(home: Home, *, older_than_days: float = 30.0, dry_run: bool 
             found += _garbage_of(journal, older_than_days)
     if not dry_run:
         for item in found:
+            with contextlib.suppress(OSError):
+                places.remove(item.path)
             shutil.rmtree(item.path, ignore_errors=True)
     return found
 
@@ -248,17 +269,17 @@ def _garbage_of(journal: Journal, older_than_days: float) -> list[Garbage]:
     for candidate in journal.spec().candidates:
         gang = view.candidate(candidate.name).gang
         roots = journal.checkpoints_dir(candidate.name)
-        if gang and roots.is_dir():
+        if gang:
             folders += [
-                ("superseded checkpoints", root) for root in roots.iterdir() if root.name != Path(gang.root).name
+                ("superseded checkpoints", root) for root in places.folders(roots) if root.name != Path(gang.root).name
             ]
-        if view.state in FINAL and journal.layers_dir(candidate.name).is_dir():
+        if view.state in FINAL and places.exists(journal.layers_dir(candidate.name)):
             folders.append(("compressed layers", journal.layers_dir(candidate.name)))
     return [Garbage(job, what, path, _size(path)) for what, path in folders]
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(places.sizes(folder).values())
 
 
 def free_disk_bytes(home: Home) -> int:

@@ -9,6 +9,9 @@ This is the only code that knows paths inside the directory::
     candidates/NAME/checkpoints/e0001-g01/…           one folder per process group, so that a dead one disturbs nobody
     candidates/NAME/layers/…  candidates/NAME/variants/…
     exports/  report/  logs/  tracking/  cluster/
+
+It may lie in an object store. The directory on each machine is then a copy of what is needed there
+(:mod:`parallelism.places`), at the same path everywhere, and documents and events are never in it.
 """
 
 import errno
@@ -30,10 +33,20 @@ import psutil
 from launcher.events import Event, EventLog, StaleEpochError
 from launcher.spec import JobSpec
 from launcher.states import JobState, check_transition
-from launcher.storage import LocalStorage, Storage
+from launcher.storage import LocalStorage, ObjectStorage, Storage
 from launcher.view import JobView
+from parallelism import places
 
-__all__ = ["Desired", "Event", "Journal", "StageRecord", "StaleEpochError", "code_version", "hash_inputs"]
+__all__ = [
+    "Desired",
+    "Event",
+    "Journal",
+    "StageRecord",
+    "StaleEpochError",
+    "code_version",
+    "hash_inputs",
+    "open_journal",
+]
 
 Desired = Literal["run", "pause", "cancel"]
 
@@ -59,26 +72,44 @@ class Journal:
 
     def __init__(self, directory: str | Path, storage: Storage | None = None) -> None:
         self.directory = Path(directory).absolute()
-        self.storage = storage or LocalStorage(self.directory)
+        self.storage = storage or _storage_at(self.directory)
         self._log = EventLog(self.storage)
         self._view = JobView()
 
+    @property
+    def location(self) -> str:
+        """What :func:`open_journal` finds it by, on any machine: the directory, or ``URL#DIRECTORY``."""
+        return places.address(self.directory)
+
+    def local(self, shown: str) -> Path:
+        """The path that people are shown as :func:`parallelism.places.url` has it."""
+        url = places.url(self.directory)
+        return self.directory / shown.removeprefix(f"{url}/") if shown.startswith(f"{url}/") else Path(shown)
+
     # What was asked for
 
-    def create(self, spec: JobSpec, job_id: str | None = None) -> "Journal":
-        """Write a new job down. Raises ``ValueError`` where the directory already holds one."""
+    def create(
+        self, spec: JobSpec, job_id: str | None = None, documents: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> "Journal":
+        """Write a new job down, with ``documents`` (see :meth:`write_document`) beside it; what was half written is
+        completed. Raises ``ValueError`` where the directory already holds one.
+        """
         facts = {
             "id": job_id or self.directory.name,
             "created": time.time(),
             "working_directory": os.getcwd(),
             "versions": {"espalier": code_version(), "python": platform.python_version()},
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.storage.put_exclusive("job.json", _encode(facts)):
+        if not places.is_mirrored(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.storage.put_exclusive("job.json", _encode(facts)) and self.exists:
             raise ValueError(f"{self.directory} already holds a job: choose another directory")
         self.storage.put("spec.json", _encode(spec.model_dump(mode="json")))
+        for name, document in (documents or {}).items():
+            self.write_document(name, document)
+        if not self.last_event():
+            self._log.append("submitted", {"job": facts["id"], "name": spec.name})
         self.set_desired("run")
-        self._log.append("submitted", {"job": facts["id"], "name": spec.name})
         return self
 
     @property
@@ -270,6 +301,16 @@ class Journal:
             raise ValueError(f"{self.directory} is not a job's directory (no {key}): check the path or the job's id")
         document: dict[str, Any] = json.loads(content)
         return document
+
+
+def open_journal(location: str) -> Journal:
+    """The journal at a :attr:`Journal.location`."""
+    return Journal(places.at(location))
+
+
+def _storage_at(directory: Path) -> Storage:
+    found = places.store_of(directory)
+    return ObjectStorage(*found) if found else LocalStorage(directory)
 
 
 def hash_inputs(*parts: Any) -> str:

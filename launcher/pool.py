@@ -16,7 +16,7 @@ from launcher.journal import Journal
 from launcher.policy import HOPELESS, UNCOUNTED, Ended
 from launcher.reservation import Bundle, Reservation
 from launcher.session import Room
-from launcher.workers import GroupShape, RankFacts, end_of, process_facts, send_output_to, wait_until_gone
+from launcher.workers import GroupShape, RankFacts, end_of, process_facts, settle_in, wait_until_gone
 from parallelism.registry import load
 
 ROLE = "worker"
@@ -53,9 +53,9 @@ class TaskFailed(ValueError):
 class TaskProcess:
     """One worker, in a process of its own."""
 
-    def __init__(self, number: int, log: str) -> None:
+    def __init__(self, number: int, log: str, place: str) -> None:
+        settle_in(log, place)
         self._number = number
-        send_output_to(Path(log))
 
     def facts(self) -> RankFacts:
         """Where this worker lives."""
@@ -199,7 +199,7 @@ class Pool:
             max_restarts=0,
             max_task_retries=0,
         )
-        worker.actor = process.remote(worker.number, str(worker.log))
+        worker.actor = process.remote(worker.number, str(worker.log), self._journal.location)
         worker.pending_facts = worker.actor.facts.remote()
 
     def _collect(self, done: Done) -> list[Task]:

@@ -153,6 +153,10 @@ def load_profiles(home: Path) -> dict[str, Profile]:
     return profiles
 
 
+JOBS = "jobs"
+"""The folder of a home that holds one folder for each job."""
+
+
 def home_of(journal: Journal) -> Path:
     """The home that a job's journal lies in."""
     return journal.directory.parent.parent

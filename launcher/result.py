@@ -5,6 +5,7 @@ from typing import Any
 from launcher.journal import Journal
 from launcher.spec import CandidateSpec
 from launcher.view import CandidateView, JobView
+from parallelism import places
 
 VERSION = 1
 
@@ -29,9 +30,9 @@ def result_document(journal: Journal) -> dict[str, Any]:
             _candidate(candidate, view.candidates.get(candidate.name), plan.get(candidate.name, {}))
             for candidate in spec.candidates
         ],
-        "variants": rows,
+        "variants": [_shown(row) for row in rows],
         "stages": _stage_seconds(view),
-        "directory": str(journal.directory),
+        "directory": places.url(journal.directory),
     }
 
 
@@ -53,7 +54,7 @@ def _candidate(spec: CandidateSpec, view: CandidateView | None, planned: dict[st
         "train_loss": result.get("train_loss", view.latest.get("loss")),
         "validation_loss": result.get("validation_loss", view.validation_loss),
         "peak_memory_bytes": result.get("peak_memory_bytes"),
-        "checkpoint": result.get("checkpoint"),
+        "checkpoint": places.url(result["checkpoint"]) if result.get("checkpoint") else None,
         "error": view.failure,
     }
 
@@ -62,6 +63,10 @@ def _variant(event: dict[str, Any]) -> dict[str, Any]:
     """A variant that has been measured, but not yet been held against the others."""
     row = {name: value for name, value in event.items() if name not in ("number", "time", "epoch", "kind")}
     return {"on_frontier": None, "export_bytes": None, **row}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "path": places.url(row["path"])} if "path" in row else row
 
 
 def _stage_seconds(view: JobView) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.backends.spare import READY, WARM, Claim, read_claim
 from launcher.coordinator import Options, coordinate
-from launcher.journal import Journal
+from launcher.journal import open_journal
 from launcher.session import OWN, RayStartError, ray_session
 from launcher.workers import send_output_to
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             claim = wait_for_job(given.folder, given.keeper)
             if claim is None:
                 return 0
-            send_output_to(Journal(claim.journal).log_path("coordinator"))
+            send_output_to(open_journal(claim.journal).log_path("coordinator"))
             return coordinate(Options(claim.journal, OWN), STAGES, room=replace(room, devices=claim.devices))
     except RayStartError as error:
         print(error, file=sys.stderr)

@@ -1,13 +1,12 @@
-"""The few operations that a journal needs of a store, and the file system's answer to them. Torch-free.
-
-An object store offers the same five: a conditional PUT (``If-None-Match: *``) is :meth:`Storage.put_exclusive`.
-"""
+"""The few operations that a journal needs of a store, on a file system and in an object store. Torch-free."""
 
 import errno
 import os
 import uuid
 from pathlib import Path
 from typing import Protocol
+
+from parallelism.objects import ObjectTree
 
 
 class Storage(Protocol):
@@ -111,3 +110,29 @@ class LocalStorage:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class ObjectStorage:
+    """The objects below ``prefix`` in an object store, which has to honour ``If-None-Match: *``."""
+
+    def __init__(self, tree: ObjectTree, prefix: str = "") -> None:
+        self._tree = tree
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    def put_exclusive(self, key: str, content: bytes) -> bool:
+        return self._tree.create(f"{self._prefix}{key}", content)
+
+    def put(self, key: str, content: bytes) -> None:
+        self._tree.put(f"{self._prefix}{key}", content)
+
+    def get(self, key: str) -> bytes | None:
+        return self._tree.get(f"{self._prefix}{key}")
+
+    def exists(self, key: str) -> bool:
+        return self._tree.exists(f"{self._prefix}{key}")
+
+    def list(self, prefix: str) -> list[str]:
+        return self._tree.objects(f"{self._prefix}{prefix}")
+
+    def delete(self, key: str) -> None:
+        self._tree.remove(f"{self._prefix}{key}")

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from parallelism import places
+
 MOST_BYTES = 4 << 20
 """Some ten thousand steps; twice as much is on disk at most."""
 
@@ -31,13 +33,19 @@ class ToldSteps:
             self._descriptor, self._bytes = None, 0
             self._path.replace(_older(self._path))
 
+    def share(self) -> None:
+        """Let other machines see what was kept. Raises ``OSError``."""
+        for path in (self._path, _older(self._path)):
+            if path.exists():
+                places.share_content(path)
+
 
 def told_steps(log: Path, above: int, up_to: int) -> list[dict[str, Any]]:
     """The steps with numbers in (``above``, ``up_to``], in order; a line that was cut off counts for nothing."""
     rows: dict[int, dict[str, Any]] = {}
     for path in (_older(_path(log)), _path(log)):
-        if path.exists():
-            for line in path.read_text(encoding="ascii").splitlines():
+        if places.exists(path):
+            for line in places.need(path).read_text(encoding="ascii").splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
@@ -49,7 +57,7 @@ def told_steps(log: Path, above: int, up_to: int) -> list[dict[str, Any]]:
 def forget_told(log: Path) -> None:
     """The journal has it all."""
     for path in (_path(log), _older(_path(log))):
-        path.unlink(missing_ok=True)
+        places.remove(path)
 
 
 def _path(log: Path) -> Path:

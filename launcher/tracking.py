@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from launcher.journal import Journal
+from launcher.journal import Journal, open_journal
+from launcher.life import show_life
 from launcher.tracking_feed import Feeder, TrackedJob
 from launcher.tracking_store import (
     UI_PORT,
@@ -26,6 +27,7 @@ from launcher.tracking_store import (
     default_uri,
     page_url,
 )
+from parallelism import places
 
 __all__ = [
     "EXIT_BUSY",
@@ -49,7 +51,7 @@ class FeederProcess:
 
     def __init__(self, journal: Journal, home: Path, uri: str | None = None, once: bool = False) -> None:
         """``uri``: an MLflow server or store; by default the one of the home. ``once``: it feeds what there is."""
-        command = [sys.executable, "-m", "launcher.tracking", str(journal.directory)]
+        command = [sys.executable, "-m", "launcher.tracking", journal.location]
         command += ["--uri", uri or default_uri(home), "--parent", str(os.getpid()), *(["--once"] if once else [])]
         self._once = once
         with open(journal.log_path("tracking"), "ab") as log:
@@ -130,13 +132,15 @@ def follow(feeder: Feeder, leaving: Leaving, poll_seconds: float, patience_secon
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the feeder's process. Returns its exit code."""
     options = _parse(arguments)
-    journal = Journal(options.journal)
+    journal = open_journal(options.journal)
     journal.tracking_dir.mkdir(parents=True, exist_ok=True)
     leaving = Leaving(options.parent)
     if options.once:
         leaving.ask()
     signal.signal(signal.SIGTERM, leaving.ask)
     signal.signal(signal.SIGINT, leaving.ask)
+    if places.is_mirrored(journal.directory):
+        show_life(journal.log_path("tracking"))
     with open(journal.tracking_dir / "lock", "w", encoding="utf-8") as lock:
         if not _acquire(lock, leaving):
             _say(f"another feeder is at work on job {journal.job_id}")
@@ -149,7 +153,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launcher.tracking", description="Feed MLflow from a job's journal."
     )
-    parser.add_argument("journal", type=Path, help="a job's directory")
+    parser.add_argument("journal", help="a job's directory, or its address in an object store")
     parser.add_argument("--uri", required=True, help="an MLflow tracking server or store")
     parser.add_argument("--once", action="store_true", help="feed what there is and end")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this is not the parent process any more")

@@ -6,7 +6,6 @@ at any moment: nothing is lost, nothing appears twice.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from launcher.tracking_store import (
     page_url,
 )
 from launcher.tracking_text import ABOUT, beginning, candidate_text, summary, variant_text
+from parallelism import places
 from parallelism.layout import layout_text
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class TrackedJob:
     def report(self) -> list[Path]:
         """The frontier's figure, table and data, as far as they exist now."""
         directory = self._journal.report_dir
-        return sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
+        return [places.need(directory / name) for name in places.sizes(directory) if "/" not in name]
 
 
 @dataclass
@@ -143,16 +143,14 @@ class Cursor:
     def load(cls, directory: Path, uri: str) -> "Cursor":
         """The cursor kept for this server, or a fresh one: a job fed to another server is fed from its beginning."""
         try:
-            kept = TypeAdapter(cls).validate_json((directory / "cursor.json").read_bytes())
+            kept = TypeAdapter(cls).validate_json(places.read_bytes(directory / "cursor.json"))
         except FileNotFoundError:
             return cls(uri)
         return kept if kept.uri == uri else cls(uri)
 
     def save(self, directory: Path) -> None:
-        """Write, then rename: a reader sees the old cursor or the new one."""
-        draft = directory / f"cursor.json.{os.getpid()}"
-        draft.write_text(json.dumps(vars(self)), encoding="utf-8")
-        draft.replace(directory / "cursor.json")
+        """A reader sees the old cursor or the new one."""
+        places.write_text(directory / "cursor.json", json.dumps(vars(self)))
 
 
 class Feeder:

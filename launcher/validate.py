@@ -15,7 +15,9 @@ from launcher.clusters import placement_problems
 from launcher.layouts import gib
 from launcher.plan import CandidatePlan, Plan, candidate_model, make_plan
 from launcher.problems import Problem, SpecError
+from launcher.profiles import JOBS
 from launcher.spec import JobSpec
+from parallelism import places
 from parallelism.data.config import TokenizerConfig
 from parallelism.data.errors import DataError
 from parallelism.data.sources import CorpusFacts, inspect
@@ -130,6 +132,7 @@ def _execution_problems(spec: JobSpec, cluster: Cluster, home: Path) -> Iterator
     if execution.backend not in BACKENDS:
         yield Problem("execution.backend", execution.backend, "unknown back-end", remedy(execution.backend, BACKENDS))
     yield from placement_problems(spec, home)
+    yield from _store_problems(execution.backend, home.absolute() / JOBS)
     if execution.devices and execution.devices > cluster.devices:
         what = f"the cluster has {cluster.devices} devices"
         yield Problem("execution.devices", execution.devices, what, f"use {cluster.devices} or fewer, or leave it out")
@@ -137,6 +140,14 @@ def _execution_problems(spec: JobSpec, cluster: Cluster, home: Path) -> Iterator
     if execution.backend == "local" and cluster.device_kind == "cpu" and execution.threads_per_rank > cores:
         what = f"this machine has {cores} cores"
         yield Problem("execution.threads_per_rank", execution.threads_per_rank, what, f"use {cores} or fewer")
+
+
+def _store_problems(backend: str, jobs: Path) -> Iterator[Problem]:
+    if backend not in BACKENDS or BACKENDS[backend].objects or not places.is_mirrored(jobs):
+        return
+    able = ", ".join(name for name, entry in BACKENDS.items() if entry.objects)
+    what = f"its nodes need files that they share, and journals are at {places.url(jobs)}"
+    yield Problem("execution.backend", backend, what, f"use {able}, or take journals out of service.yaml")
 
 
 def _harness_problems(spec: JobSpec) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
 from launcher.reservation import Bundle, Reservation
 from launcher.told import ToldSteps
+from parallelism import places
 from parallelism.registry import load
 from parallelism.stop import StopReason, StopRequest
 
@@ -32,6 +33,9 @@ CONNECT = "parallelism.device:connect"
 HOST_STORE = "parallelism.device:host_store"
 LOST_NODE_SECONDS, ANSWER_SECONDS = 30.0, 1.0
 """Within what time Ray notices that a node is gone, whatever its settings, and a rank that lives answers."""
+
+STORE_PATIENCE_SECONDS = 60.0
+"""How long a worker waits for an object store; a checkpoint that cannot be stored is tried again, a task elsewhere."""
 
 RankFunction = Callable[[Any, Callable[[str, dict[str, Any]], None], StopRequest], Any]
 """``(task, report, stop) -> result``: what a rank runs once the process group is connected."""
@@ -79,15 +83,14 @@ class GroupShape:
 class RankProcess:
     """One rank, in a process of its own."""
 
-    def __init__(self, rank: int, log: str) -> None:
+    def __init__(self, rank: int, log: str, place: str) -> None:
+        settle_in(log, place)
         self._rank = rank
         self._stop = StopRequest()
         self._reports: list[Report] = []
         self._lock = threading.Lock()
         self._store: Any = None
         self._told = ToldSteps(Path(log))
-        send_output_to(Path(log))
-        show_life(Path(log))
 
     def facts(self) -> RankFacts:
         """Where this rank lives."""
@@ -143,6 +146,9 @@ class RankProcess:
 
     def _report(self, kind: str, fields: dict[str, Any]) -> None:
         now = time.time()
+        if kind == "committing":
+            self._told.share()  # before the checkpoint counts: what it holds can be told by others then
+            return
         if kind == "step":
             with contextlib.suppress(OSError):  # a full disk does not end training
                 self._told.add({**fields, "time": now})
@@ -163,6 +169,13 @@ def process_facts(rank: int) -> RankFacts:
     )
 
 
+def settle_in(log: str, place: str) -> None:
+    """Begin the life of a worker's process of the job whose journal is at ``place``."""
+    places.at(place, STORE_PATIENCE_SECONDS)
+    send_output_to(Path(log))
+    show_life(Path(log))
+
+
 def send_output_to(log: Path) -> None:
     """Everything this process prints, tracebacks of crashes included, goes into the journal's log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -178,14 +191,15 @@ def send_output_to(log: Path) -> None:
 class WorkerGroup:
     """A process group and what it said. Methods return at once; only :meth:`drain` and :meth:`kill` wait, with a bound.
 
-    ``log`` names each rank's log file. ``function`` is the dotted path of what a rank runs; ``connected=False`` leaves
-    torch.distributed out. Collectives wait for ``timeout_seconds``.
+    ``log`` names each rank's log file, ``place`` the journal's location. ``function`` is the dotted path of what a rank
+    runs; ``connected=False`` leaves torch.distributed out. Collectives wait for ``timeout_seconds``.
     """
 
     def __init__(
         self,
         shape: GroupShape,
         log: Callable[[int], Path],
+        place: str,
         *,
         function: str = TRAIN,
         connected: bool = True,
@@ -193,6 +207,7 @@ class WorkerGroup:
     ) -> None:
         self.shape = shape
         self._log = log
+        self._place = place
         self._function = function
         self._connected = connected
         self._timeout_seconds = timeout_seconds
@@ -232,7 +247,7 @@ class WorkerGroup:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            self._actors.append(actor.remote(rank, str(self._log(rank))))
+            self._actors.append(actor.remote(rank, str(self._log(rank)), self._place))
         self._pending_facts = [actor.facts.remote() for actor in self._actors]
         modules = [self._function, *([CONNECT, HOST_STORE] if self._connected else [])]
         self._pending_imports = [actor.warm_up.remote(modules) for actor in self._actors]

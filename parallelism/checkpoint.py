@@ -1,4 +1,4 @@
-"""Writing and reading checkpoints: one form for all engines and layouts, on a file system that all ranks share.
+"""Writing and reading checkpoints: one form for all engines and layouts, in a place that all ranks share.
 
 The form is that of :mod:`parallelism.checkpoint_files`, which has ``CheckpointError`` too. An asynchronous save forks a
 process per rank, and the training goes on beside it.
@@ -26,7 +26,7 @@ def save(engine: Savable, progress: Progress, directory: str | Path) -> Written:
     Raises :class:`CheckpointError` on all ranks when any of them cannot write.
     """
     pending = Pending(engine, progress, Path(directory))
-    return pending.finish(pending.write())
+    return pending.finish(pending.share(pending.write()))
 
 
 def load(engine: Savable, directory: str | Path) -> Progress:
@@ -48,6 +48,7 @@ def load(engine: Savable, directory: str | Path) -> Progress:
         restore_random_state(reader.random_state(dist.get_rank(), dist.get_world_size()))
     else:
         seed_everything(engine.seed, progress.step)
+    reader.close()
     return progress
 
 
@@ -60,6 +61,7 @@ def load_weights(engine: Savable, directory: str | Path) -> None:
     reader = Reader(Path(directory))
     reader.check_model(engine.config)
     agree(reader.fill([piece for piece in engine.sharded_state() if is_weight(piece)]))
+    reader.close()
     engine.restored(0)
     seed_everything(engine.seed, 0)
 
@@ -69,7 +71,9 @@ def fill_weights(pieces: Sequence[ShardedTensor], directory: str | Path) -> None
 
     Raises :class:`CheckpointError` when the files cannot be read.
     """
-    agree(Reader(Path(directory)).fill(pieces))
+    reader = Reader(Path(directory))
+    agree(reader.fill(pieces))
+    reader.close()
 
 
 class AsyncSaver:

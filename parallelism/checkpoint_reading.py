@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from parallelism import places
 from parallelism.checkpoint_files import COMPLETE, agree, read_common
 from parallelism.engines.state import ENGINE_PREFIX, OPTIMIZER_PREFIX, random_state_key
 from parallelism.models.base import ModelConfig
@@ -33,7 +34,17 @@ class Reader:
         self.common: dict[str, Any] = {}
         agree(self._open())
 
+    def close(self) -> None:
+        """Delete this machine's copy, where it is one; once all ranks have read. Collective."""
+        if places.is_mirrored(self.directory):
+            agree(None)
+            places.forget(self.directory)
+
     def _open(self) -> str | None:
+        try:
+            places.need(self.directory)
+        except OSError as error:
+            return f"{self.directory} cannot be fetched: {error}"
         if not (self.directory / COMPLETE).is_file():
             return f"{self.directory} is not a complete checkpoint: {COMPLETE} is missing"
         try:

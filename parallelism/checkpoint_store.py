@@ -1,12 +1,12 @@
-"""The checkpoints of one candidate on disk: names, manifests, retention. Torch-free.
+"""The checkpoints of one candidate: names, manifests, retention. Torch-free.
 
-A checkpoint is a directory ``e{epoch:04d}-s{step:08d}``. It is complete when its ``manifest.json`` exists, which is
-written last and by rename, and when every file has the size the manifest states.
+A checkpoint is a directory ``e{epoch:04d}-s{step:08d}``, on a file system or in an object store
+(:mod:`parallelism.places`). It is complete when its ``manifest.json`` exists, which is written last and appears whole,
+and when every file has the size the manifest states.
 """
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import time
@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from parallelism import places
 from parallelism.budget import Burnt, Progress
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
@@ -81,7 +82,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
     path = Path(path)
     remedy = "name a directory e…-s… that holds a manifest.json, or another checkpoint beside it"
     try:
-        document = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        document = json.loads(places.read_bytes(path / MANIFEST))
         info = CheckpointInfo.model_validate({**document, "path": path})
     except FileNotFoundError:
         raise ValueError(f"{path} is not a complete checkpoint (no {MANIFEST}): {remedy}") from None
@@ -107,7 +108,7 @@ def declare_complete(directory: Path, *, progress: Progress, **facts: Any) -> Ch
     info = CheckpointInfo(
         path=directory, step=progress.step, progress=progress, files=files, bytes=size, created=time.time(), **facts
     )
-    _write_whole(directory / MANIFEST, info.model_dump_json(indent=1))
+    places.write_text(directory / MANIFEST, info.model_dump_json(indent=1))
     return info
 
 
@@ -159,8 +160,9 @@ class CheckpointStore:
 
     def discard(self, directory: Path) -> None:
         """Delete as much as possible of a checkpoint that could not be completed."""
-        with contextlib.suppress(OSError):
-            (directory / MANIFEST).unlink()
+        for path in (directory / MANIFEST, directory):
+            with contextlib.suppress(OSError):
+                places.remove(path)
         shutil.rmtree(directory, ignore_errors=True)
 
     def keep_newest(self, count: int) -> None:
@@ -171,35 +173,21 @@ class CheckpointStore:
     def remove_incomplete(self, epoch: int) -> None:
         """Delete what attempts up to ``epoch`` left unfinished."""
         for found_epoch, _, path in self._directories():
-            if found_epoch <= epoch and not (path / MANIFEST).exists():
+            if found_epoch <= epoch and not places.exists(path / MANIFEST):
                 self.discard(path)
 
     def _directories(self) -> list[tuple[int, int, Path]]:
         """(epoch, step, path) of everything under the root that is named like a checkpoint, in order."""
-        if not self.root.is_dir():
-            return []
-        matches = [(_NAME.fullmatch(path.name), path) for path in self.root.iterdir() if path.is_dir()]
+        matches = [(_NAME.fullmatch(path.name), path) for path in places.folders(self.root)]
         return sorted((int(match[1]), int(match[2]), path) for match, path in matches if match)
 
 
 def _sizes(directory: Path) -> dict[str, int]:
     """Bytes of every file below the directory but the manifest, by relative name."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    return {name: size for name, size in places.sizes(directory).items() if MANIFEST not in name}
 
 
 def _remove(directory: Path) -> None:
     """Delete a checkpoint; without its manifest first, so that a half-deleted one is never taken for complete."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    if directory.exists():
-        shutil.rmtree(directory)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write under another name, then rename: readers see the whole file or none."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    places.remove(directory / MANIFEST)
+    places.remove(directory)

@@ -1,6 +1,7 @@
 """Writing a checkpoint: every rank writes what it holds, in its own process or in one forked from it.
 
 A forked process's memory is a snapshot (copy on write), so that training goes on beside it. Tensors are never gathered.
+Where checkpoints lie in an object store, every rank writes to its machine's copy, uploads that and deletes it.
 """
 
 import gc
@@ -9,6 +10,7 @@ import json
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from parallelism import device
+from parallelism import device, places
 from parallelism.budget import Progress
 from parallelism.checkpoint_files import COMMON, COMPLETE, FORMAT, agree, common_state, ranks_of
 from parallelism.engines.state import random_state, random_state_key
@@ -72,7 +74,8 @@ class Pending:
         self._started = time.perf_counter()
         self._directory = directory
         self._common = common_state(engine.config, engine.layout, progress, ranks_of(engine.layout), engine.seed)
-        agree(_make_directory(directory) if dist.get_rank() == 0 else None)
+        # Each machine has a copy of its own where the directory is one of an object store.
+        agree(_make_directory(directory) if dist.get_rank() == 0 or places.is_mirrored(directory) else None)
         self._planner = Snapshot(engine.sharded_state())
         self._plan, self._metadata = _global_plan(self._planner.create_local_plan())
         # Copying ahead would ask for a CUDA stream, which a forked process must not; the snapshot is on the host.
@@ -85,6 +88,17 @@ class Pending:
             return self._writer.write_data(self._plan, self._planner).wait()
         except (OSError, RuntimeError) as error:  # torch's serialisation turns a full disk into a RuntimeError
             return f"{type(error).__name__}: {error}"
+
+    def share(self, outcome: Outcome) -> Outcome:
+        """Let the others see what this rank wrote; returns what it was given, or why that could not be."""
+        if isinstance(outcome, str):
+            return outcome
+        try:
+            for name in sorted({result.storage_data.relative_path for result in outcome}):
+                places.share(self._directory / name, keep=False)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return outcome
 
     def finish(self, outcome: Outcome) -> Written:
         """Complete the checkpoint when all ranks have written. Collective."""
@@ -103,6 +117,7 @@ class Pending:
                 torch.save(self._common, file)
                 os.fsync(file.fileno())
             _write_config(self._directory / COMPLETE)
+            places.share(self._directory, keep=False)
         except (OSError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -139,9 +154,12 @@ class Snapshot(DefaultSavePlanner):
 
 
 class Writer:
-    """A forked process that writes one rank's part; it never outlives its parent."""
+    """A forked process that writes one rank's part, which is shared then; the process never outlives its parent."""
 
     def __init__(self, pending: Pending, timeout_seconds: float) -> None:
+        self._share = pending.share
+        self._sharing: threading.Thread | None = None
+        self._outcome: Outcome | None = None
         self._deadline = time.monotonic() + timeout_seconds
         self._timeout_seconds = timeout_seconds
         self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
@@ -152,17 +170,27 @@ class Writer:
             _write_in_child(pending, self._result, parent)
 
     def ended(self) -> bool:
-        """Whether the process is gone; one that is past its time is killed."""
+        """Whether all is done; a process that is past its time is killed."""
         if self._status is None:
             self._reap(os.WNOHANG)
         if self._status is None and time.monotonic() > self._deadline:
             self.kill()
-        return self._status is not None
+        if self._status is not None and self._sharing is None:
+            # Not in the forked process: whoever talks to the network needs threads, which do not exist there.
+            self._sharing = threading.Thread(target=self._finish, name="checkpoint upload", daemon=True)
+            self._sharing.start()
+        return self._sharing is not None and not self._sharing.is_alive()
 
     def outcome(self) -> Outcome:
-        """Wait for the process and return what it wrote."""
+        """Wait for the process, and for what it wrote to be shared; return what it wrote."""
         while not self.ended():
             time.sleep(0.005)
+        return self._outcome or "what was written could not be shared"
+
+    def _finish(self) -> None:
+        self._outcome = self._share(self._written())
+
+    def _written(self) -> Outcome:
         self._result.seek(0)
         content = self._result.read()
         self._result.close()
@@ -174,7 +202,7 @@ class Writer:
         return f"the writing process ended with status {self._status} (negative: by that signal)"
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once; an upload under way ends by itself, and counts for nothing."""
         if self._status is None:
             os.kill(self._pid, signal.SIGKILL)
             self._reap(0)

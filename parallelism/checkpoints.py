@@ -198,6 +198,7 @@ class Checkpoints:
         )
 
     def _commit(self, write: _Write) -> None:
+        self._tell("committing", step=write.progress.step)
         self._store.commit(write.directory, self._task, write.progress, write.metrics)
         try:
             self._store.keep_newest(self._task.checkpoint.keep)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from parallelism import places
 from parallelism.checkpoint_store import CheckpointInfo, read_info
 from parallelism.models.base import ModelConfig, PlainFamily
 from parallelism.registry import FAMILIES, load
@@ -101,6 +102,7 @@ def plain_family(config: ModelConfig) -> PlainFamily:
 
 def _read_metadata(directory: Path) -> Metadata:
     try:
+        places.need(directory / ".metadata")
         return FileSystemReader(directory).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{directory}: its .metadata cannot be read ({error}): use another checkpoint") from error
@@ -118,11 +120,16 @@ def _whole(directory: Path, metadata: Metadata, key: str) -> Tensor:
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
         place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        data = read_range(directory / place.relative_path, place.offset, place.length)
+        data = _stored_range(directory / place.relative_path, place.offset, place.length)
         shard = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         window = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
         tensor[window].copy_(shard)
     return tensor
+
+
+def _stored_range(path: Path, start: int, count: int) -> bytes | bytearray:
+    """As :func:`read_range`, of a file that may be in an object store; it is not fetched."""
+    return places.read_range(path, start, count) if places.is_mirrored(path) else read_range(path, start, count)
 
 
 def read_range(path: Path, start: int, count: int) -> bytearray:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from parallelism import places
 from parallelism.budget import Progress
 from parallelism.checkpoint_files import COMMON, COMPLETE, FORMAT, common_state, read_common
 from parallelism.checkpoint_store import CheckpointInfo, declare_complete, read_info
@@ -58,13 +59,14 @@ def write_checkpoint(weights: Weights, directory: str | Path, fingerprint: str) 
     directory = Path(directory)
     if _holds(directory, fingerprint):
         return read_info(directory)
-    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    draft = _draft(directory)
     draft.mkdir(parents=True)
     try:
         _write_tensors(weights, draft)
         common = common_state(weights.config, Layout(), Progress(), ranks=(), seed=0) | {"source": fingerprint}
         _write_synced(draft / COMMON, lambda path: torch.save(common, path))
         _write_synced(draft / COMPLETE, lambda path: path.write_text(json.dumps(FORMAT), encoding="utf-8"))
+        places.share(draft, keep=False)
         declare_complete(
             draft,
             progress=Progress(),
@@ -75,7 +77,8 @@ def write_checkpoint(weights: Weights, directory: str | Path, fingerprint: str) 
             seed=0,
             sequence_length=weights.config.context,
         )
-        _take_place(draft, directory, fingerprint)
+        if draft != directory:
+            _take_place(draft, directory, fingerprint)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return read_info(directory)
@@ -87,7 +90,16 @@ def _holds(directory: Path, fingerprint: str) -> bool:
         read_info(directory)
     except ValueError:
         return False
+    places.need(directory / COMMON)
     return read_common(directory).get("source") == fingerprint
+
+
+def _draft(directory: Path) -> Path:
+    """Where to write: in an object store nothing is renamed, and nothing counts before the manifest."""
+    if places.is_mirrored(directory):
+        places.remove(directory)
+        return directory
+    return directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
 
 
 def _take_place(draft: Path, directory: Path, fingerprint: str) -> None:

@@ -7,6 +7,7 @@ What is reported, as (kind, fields); training facts come from rank 0:
   device_seconds}: totals of the progress; rate, norm and speed of this step
 - ``evaluating`` {step, done, samples}: a long evaluation is alive
 - ``evaluation`` {step, tokens, flops, validation_loss}
+- ``committing`` {step}: all that was said so far is in the checkpoint that is declared complete next
 - ``checkpoint`` {step, path, stall_seconds, write_seconds, asynchronous, device_seconds}: burnt by all process groups
   when the state was taken
 - ``checkpoint_failed`` {step, error, attempt}

@@ -269,7 +269,7 @@ def track(job: JobArgument, tracking: TrackingOption = None, home: HomeOption = 
     """Feed MLflow with what it does not have of a job yet, from the job's journal."""
     journal = find_job(home_at(home), job)
     uri = tracking or default_uri(home_at(home).path)
-    command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
+    command = [sys.executable, "-m", "launcher.tracking", journal.location, "--uri", uri, "--once"]
     ended = subprocess.run(command, check=False)
     if ended.returncode != EXIT_DONE:
         raise typer.Exit(EXIT_FAILED)

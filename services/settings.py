@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Valida
 from launcher.backends.base import BACKENDS
 from launcher.cluster import GIBI
 from launcher.environment import default_devices
+from launcher.jobs import Home
 from launcher.problems import Problem, SpecError, of_validation
 from parallelism.data.sources import ALLOWED_PROTOCOLS
 from parallelism.options import Options
@@ -20,6 +21,9 @@ RESOLVED = "service/settings.json"
 """What the parts of a running service read; only its owner may, because a database's address holds a password."""
 
 COORDINATOR = "launcher.coordinator"
+STORE_PATIENCE_SECONDS = 5.0
+"""How long the service waits for an object store: it has other jobs to look after, and is asked again."""
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -53,6 +57,11 @@ class Settings(Options):
     roots: list[Path] | None = Field(
         default=None, description="folders that jobs may read from; default: `data` in the home once there are keys"
     )
+    journals: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9+]+://[^#?]+$",
+        description="where jobs lie instead of in the home: an fsspec URL, such as s3://bucket/jobs",
+    )
     protocols: list[str] = Field(default=list(ALLOWED_PROTOCOLS), description="fsspec protocols that jobs may name")
     backends: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
@@ -85,6 +94,10 @@ class Settings(Options):
     def database_url(self) -> str:
         """Where the job store is."""
         return self.database or f"sqlite:///{self.home}/service/jobs.db"
+
+    def jobs_home(self, patience_seconds: float = STORE_PATIENCE_SECONDS) -> Home:
+        """Where the jobs are. Raises ``ValueError`` where the store's client is not installed."""
+        return Home(self.home, self.journals, patience_seconds)
 
     @property
     def loopback(self) -> bool:

@@ -67,6 +67,10 @@ class Request:
 
 def make_request(spec: JobSpec, home: Home) -> Request:
     """Check a spec against where it is to run and the files it names. Raises ``SpecError`` with all problems."""
+    try:
+        home.check()
+    except ValueError as error:
+        raise SpecError([Problem("", home.journals, str(error), "see journals in service.yaml")]) from error
     spec = with_source_tokenizer(spec)
     return Request(spec, check(spec, cluster_of(spec, home.root), home.path))
 

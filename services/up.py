@@ -183,6 +183,7 @@ class Embedded:
 def prepare(settings: Settings, port: int | None, serve_mlflow: bool = True) -> Settings:
     """Bring the store up to date, choose ports. Raises :class:`ServiceError` for what must not be served."""
     settings.home.mkdir(parents=True, exist_ok=True)
+    check_journals(settings)
     database = Database(settings.database_url)
     database.migrate()
     check_guard(settings, database)
@@ -193,6 +194,14 @@ def prepare(settings: Settings, port: int | None, serve_mlflow: bool = True) -> 
     elif settings.mlflow is not None and settings.mlflow.startswith("http"):
         update["mlflow_url"] = settings.mlflow_url or settings.mlflow
     return settings.model_copy(update=update)
+
+
+def check_journals(settings: Settings) -> None:
+    """Raise :class:`ServiceError` where jobs are to lie in an object store that cannot hold them."""
+    try:
+        settings.jobs_home().check()
+    except ValueError as error:
+        raise ServiceError(f"journals: {error}") from error
 
 
 def check_guard(settings: Settings, database: Database) -> None:

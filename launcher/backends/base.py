@@ -65,13 +65,20 @@ class Backend(Protocol):
         """The end of the coordinator's output."""
 
 
-BACKENDS: dict[str, Entry] = {
-    "kubernetes": Entry(
+@dataclass(frozen=True)
+class BackendEntry(Entry):
+    """``objects``: whether jobs whose journals are in an object store can run there."""
+
+    objects: bool = False
+
+
+BACKENDS: dict[str, BackendEntry] = {
+    "kubernetes": BackendEntry(
         "launcher.backends.kubernetes_options:KubernetesOptions", "launcher.backends.kubernetes:KubernetesBackend"
     ),
-    "local": Entry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend"),
-    "ray": Entry("launcher.profiles:RayProfile", "launcher.backends.ray:RayBackend"),
-    "slurm": Entry("launcher.backends.slurm_options:SlurmOptions", "launcher.backends.slurm:SlurmBackend"),
+    "local": BackendEntry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend", objects=True),
+    "ray": BackendEntry("launcher.profiles:RayProfile", "launcher.backends.ray:RayBackend", objects=True),
+    "slurm": BackendEntry("launcher.backends.slurm_options:SlurmOptions", "launcher.backends.slurm:SlurmBackend"),
 }
 
 

@@ -21,6 +21,7 @@ from launcher.backends.base import BackendStatus, Handle, Phase
 from launcher.backends.spare import Spare, find_spare
 from launcher.environment import default_devices, own_cluster, python_path, short_temp_dir
 from launcher.journal import Journal, is_process
+from parallelism import places
 
 OWN = "own"
 SPARE_SECONDS = 20.0
@@ -71,7 +72,7 @@ class LocalBackend:
         execution = journal.spec().execution
         ray_dir = Path(tempfile.mkdtemp(prefix="esp-", dir=short_temp_dir()))
         devices = execution.devices or default_devices(execution.threads_per_rank)
-        command = [sys.executable, "-m", self._module, str(journal.directory)]
+        command = [sys.executable, "-m", self._module, journal.location]
         command += ["--address", OWN, "--devices", str(devices), "--ray-dir", str(ray_dir)]
         if not self.outlives:
             command += ["--keeper", str(os.getpid())]
@@ -90,7 +91,7 @@ class LocalBackend:
 
     def find(self, journal: Journal) -> Handle | None:
         """The coordinator that works on the job already, whoever started it."""
-        wanted = str(journal.directory)
+        wanted = journal.location
         for process in psutil.process_iter(["cmdline", "create_time"]):
             command = process.info["cmdline"] or []
             if command[1:4] == ["-m", self._module, wanted] and process.status() != psutil.STATUS_ZOMBIE:
@@ -142,12 +143,16 @@ def _remove(folder: Path) -> None:
 def tail(path: Path, lines: int) -> str:
     """The last lines of a log file; nothing where there is none."""
     try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 400 * lines))
-            text = file.read().decode(errors="replace")
+        if path.exists() or not places.is_mirrored(path):
+            with open(path, "rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 400 * lines))
+                content = file.read()
+        else:
+            content = places.read_bytes(path)
     except FileNotFoundError:
         return ""
+    text = content.decode(errors="replace")
     return "\n".join(text.splitlines()[-lines:])
 
 

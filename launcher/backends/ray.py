@@ -17,6 +17,7 @@ from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Ph
 from launcher.backends.local import tail, working_directory
 from launcher.journal import Journal
 from launcher.profiles import RayProfile, home_of, profile_named
+from parallelism import places
 
 STOP = "stop"
 STOP_WAIT_SECONDS = 660
@@ -47,7 +48,7 @@ class RayBackend:
         document = {
             "submission_id": submission,
             "entrypoint": _entrypoint(journal, profile, stop_file, self._module),
-            "metadata": {"espalier_job": journal.job_id, "espalier_journal": str(journal.directory)},
+            "metadata": {"espalier_job": journal.job_id, "espalier_journal": journal.location},
             "runtime_env": {"env_vars": environment},
         }
         try:
@@ -61,7 +62,7 @@ class RayBackend:
         """The submission of this job that has not ended, by what was written on it. Raises ``BackendUnavailable``."""
         profile = _profile(journal)
         for row in JobsApi(profile.address, profile.token_file).list():
-            mine = (row.get("metadata") or {}).get("espalier_journal") == str(journal.directory)
+            mine = (row.get("metadata") or {}).get("espalier_journal") == journal.location
             if mine and row["status"] in PHASES:
                 submission = str(row["submission_id"])
                 return _handle(profile, submission, journal.cluster_dir / f"{STOP}.{submission}")
@@ -193,13 +194,14 @@ def _new_id(journal: Journal, jobs: JobsApi) -> str:
 
 def _entrypoint(journal: Journal, profile: RayProfile, stop_file: Path, module: str) -> str:
     """Relative paths start where the job was submitted, as on one machine; output goes into the journal."""
-    coordinator = [profile.python, "-m", module, str(journal.directory), "--address", "auto"]
+    coordinator = [profile.python, "-m", module, journal.location, "--address", "auto"]
     coordinator += ["--nodes", str(profile.nodes)]
     devices = journal.spec().execution.devices
     coordinator += ["--devices", str(devices)] if devices else []
-    command = [profile.python, "-m", "launcher.attend", str(stop_file), *coordinator]
-    folder, log = shlex.quote(working_directory(journal)), shlex.quote(str(journal.log_path("coordinator")))
-    return f"cd {folder} && exec {shlex.join(command)} >> {log} 2>&1"
+    command = [profile.python, "-m", "launcher.attend", places.address(stop_file), *coordinator]
+    folder, log = shlex.quote(working_directory(journal)), journal.log_path("coordinator")
+    made = f"mkdir -p {shlex.quote(str(log.parent))} && " if places.is_mirrored(log) else ""
+    return f"{made}cd {folder} && exec {shlex.join(command)} >> {shlex.quote(str(log))} 2>&1"
 
 
 def _reason(row: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ class Spare:
     def give(self, journal: Journal) -> Handle:
         """Make it the job's coordinator. Raises ``FileNotFoundError`` where it has ended meanwhile."""
         draft = self.folder / f"{CLAIM}.draft"
-        claim = {"journal": str(journal.directory), "devices": journal.spec().execution.devices or self.devices}
+        claim = {"journal": journal.location, "devices": journal.spec().execution.devices or self.devices}
         draft.write_text(json.dumps(claim), encoding="utf-8")
         draft.rename(self.folder / CLAIM)
         return {"pid": self.process.pid, "created": self._created, "ray_dir": str(self.folder)}
@@ -93,7 +93,7 @@ class Spare:
 class Claim:
     """The job that a spare coordinator has been given."""
 
-    journal: Path
+    journal: str
     devices: int
 
 
@@ -103,7 +103,7 @@ def read_claim(folder: Path) -> Claim | None:
         claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
     except (FileNotFoundError, PermissionError):
         return None
-    return Claim(Path(claim["journal"]), claim["devices"])
+    return Claim(claim["journal"], claim["devices"])
 
 
 def find_spare(journal: Journal) -> Handle | None:
@@ -112,6 +112,6 @@ def find_spare(journal: Journal) -> Handle | None:
         command = process.info["cmdline"] or []
         if command[1:3] == ["-m", MODULE] and process.status() != psutil.STATUS_ZOMBIE:
             claim = read_claim(Path(command[3]))
-            if claim and claim.journal == journal.directory:
+            if claim and claim.journal == journal.location:
                 return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": command[3]}
     return None

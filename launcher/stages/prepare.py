@@ -5,6 +5,7 @@ from typing import Any
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
 from launcher.pool import Task
+from parallelism import places
 from parallelism.data.config import DataConfig
 from parallelism.data.prepared import PreparedData
 
@@ -26,11 +27,11 @@ def prepare(job: JobContext) -> None:
 
 def prepare_data(config: DataConfig, directory: str, seed: int) -> dict[str, Any]:
     """The task that a worker runs."""
-    from pathlib import Path
-
     from parallelism.data.prepare import prepare as prepare_files
 
-    return facts_of(prepare_files(config, Path(directory), seed))
+    prepared = prepare_files(config, places.need(directory), seed)
+    places.share(prepared.directory)
+    return facts_of(prepared)
 
 
 def facts_of(prepared: PreparedData) -> dict[str, Any]:

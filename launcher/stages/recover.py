@@ -24,6 +24,7 @@ from launcher.stages.planning import settled_plan
 from launcher.stages.train import LAYOUT_ONLY, RunPlan, candidate_run
 from launcher.stages.training import failures, train_candidates
 from launcher.stages.work import Dense, GridWork, run_works
+from parallelism import places
 from parallelism.checkpoint_store import MANIFEST, read_info
 from parallelism.start import check_start
 
@@ -163,7 +164,7 @@ def _teachers(job: JobContext, recoveries: list[Recovery]) -> list[Task]:
 
 def _teacher(one: Recovery) -> str:
     """The dense parent as a checkpoint."""
-    if (Path(one.dense.source) / MANIFEST).is_file():
+    if places.exists(Path(one.dense.source) / MANIFEST):
         return one.dense.source
     return str(one.folder.parent / "teacher")
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from parallelism import places
 from parallelism.options import Options
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,7 @@ class PreparedData(Options):
 
         Raises ``ValueError`` where there is no complete set of prepared data.
         """
-        directory = Path(directory)
+        directory = places.need(directory)
         path = directory / MANIFEST
         try:
             prepared = cls.model_validate_json(path.read_bytes()).model_copy(update={"directory": directory})

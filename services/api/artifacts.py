@@ -19,6 +19,7 @@ from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.states import JobState
 from launcher.tracking import page_url
+from parallelism import places
 from services.api.context import Service, service_of
 from services.api.documents import FileDocument, FrontierDocument, VariantDocument
 from services.api.jobs import JobId, Reader, base_url
@@ -100,10 +101,8 @@ def variant(
     here = f"{base_url(request)}/v1/jobs/{job_id}/variants/{quote(candidate)}/{quote(recipe)}/files"
     known = _export_checksums(journal, row["name"])
     files = [
-        FileDocument(
-            path=name, bytes=path.stat().st_size, sha256=_checksum(path, name, known), href=f"{here}/{quote(name)}"
-        )
-        for name, path in _files(journal, row).items()
+        FileDocument(path=name, bytes=size, sha256=_checksum(path, name, known), href=f"{here}/{quote(name)}")
+        for name, (path, size) in _files(journal, row).items()
     ]
     return VariantDocument(variant=row, files=files)
 
@@ -132,11 +131,12 @@ def variant_file(
     files = _files(journal, row)
     if file not in files:
         raise Refusal(404, "the variant has no file of that name: GET …/variants/NAME lists them")
-    digest = _checksum(files[file], file, _export_checksums(journal, row["name"]))
+    path, _ = files[file]
+    digest = _checksum(path, file, _export_checksums(journal, row["name"]))
     encoded = base64.b64encode(bytes.fromhex(digest)).decode()
     headers = {"ETag": f'"{digest}"', "Repr-Digest": f"sha-256=:{encoded}:", "Cache-Control": "no-cache"}
     name = f"{job_id}-{candidate}-{recipe}-{Path(file).name}"
-    return FileResponse(files[file], media_type="application/octet-stream", headers=headers, filename=name)
+    return FileResponse(places.need(path), media_type="application/octet-stream", headers=headers, filename=name)
 
 
 @router.get(
@@ -188,16 +188,18 @@ def _variant(service: Service, owner: str | None, job_id: str, name: str) -> tup
     raise Refusal(404, f"job {job_id} has no variant of that name: GET …/variants lists them")
 
 
-def _files(journal: Journal, row: dict[str, Any]) -> dict[str, Path]:
-    """Name → file, of what exists: the compact file, and all of the export. Nothing outside the job's directory."""
+def _files(journal: Journal, row: dict[str, Any]) -> dict[str, tuple[Path, int]]:
+    """Name → file and its bytes, of what exists: the compact file, and all of the export.
+
+    Nothing outside the job's directory.
+    """
     root = journal.directory.resolve()
-    compact = Path(row["path"])
-    found = {f"{COMPACT}/{compact.name}": compact} if compact.is_file() else {}
-    export = journal.exports_dir / row["name"]
-    for path in sorted(export.rglob("*")) if export.is_dir() else []:
-        if path.is_file():
-            found[f"{EXPORT}/{path.relative_to(export)}"] = path
-    return {name: path for name, path in found.items() if root in path.resolve().parents}
+    compact, export = journal.local(row["path"]), journal.exports_dir / row["name"]
+    beside = places.sizes(compact.parent)
+    found = {f"{COMPACT}/{compact.name}": (compact, beside[compact.name])} if compact.name in beside else {}
+    for name, size in places.sizes(export).items():
+        found[f"{EXPORT}/{name}"] = (export / name, size)
+    return {name: file for name, file in found.items() if root in file[0].resolve().parents}
 
 
 def _export_checksums(journal: Journal, name: str) -> dict[str, str]:
@@ -208,8 +210,10 @@ def _export_checksums(journal: Journal, name: str) -> dict[str, str]:
 
 
 def _checksum(path: Path, name: str, known: dict[str, str]) -> str:
-    facts = path.stat()
-    return known.get(name) or _sha256(path, facts.st_size, facts.st_mtime_ns)
+    if name in known:
+        return known[name]
+    facts = places.need(path).stat()
+    return _sha256(path, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)

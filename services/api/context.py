@@ -62,14 +62,14 @@ class Service:
         database = Database(settings.database_url)
         return cls(
             settings,
-            Home(settings.home),
+            settings.jobs_home(),
             database,
             JobStore(database),
             KeyStore(database),
             Leases(database),
             Webhooks(database),
             Tokens(settings.oidc) if settings.oidc else None,
-            OpenJournals(Home(settings.home)),
+            OpenJournals(settings.jobs_home()),
         )
 
     def journal(self, job_id: str) -> Journal | None:

@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from launcher.backends.local import tail
+from parallelism import places
 from services.api.context import service_of
 from services.api.documents import LogFile, LogList
 from services.api.events import ALIVE_SECONDS, POLL_SECONDS, is_over
@@ -54,7 +55,7 @@ async def log(
     paths = {path.stem: path for path in await run_in_threadpool(_paths, service.home.journal(job_id).logs_dir)}
     if name not in paths:
         raise Refusal(404, f"job {job_id} has no log of that name: GET …/logs lists them")
-    size = paths[name].stat().st_size
+    size = await run_in_threadpool(places.size, paths[name])
     text = await run_in_threadpool(tail, paths[name], lines)
     headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
     if not follow:
@@ -83,6 +84,8 @@ async def log(
 
 def _paths(folder: Path) -> list[Path]:
     """Log files, links left out: a job could have put them there."""
+    if places.is_mirrored(folder):
+        return [folder / name for name in places.sizes(folder) if name.endswith(".log") and "/" not in name]
     if not folder.is_dir():
         return []
     return sorted(
@@ -91,17 +94,19 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _describe(path: Path) -> LogFile:
-    facts, found = path.stat(), RANK.match(path.stem)
+    found = RANK.match(path.stem)
     return LogFile(
         name=path.stem,
-        bytes=facts.st_size,
-        modified=facts.st_mtime,
+        bytes=places.size(path),
+        modified=places.modified(path),
         candidate=found["candidate"] if found else None,
         rank=int(found["rank"]) if found else None,
     )
 
 
 def _piece(path: Path, position: int) -> bytes:
+    if places.is_mirrored(path):
+        return places.read_bytes(path)[position : position + PIECE_BYTES]
     with open(path, "rb") as file:
         file.seek(position)
         return file.read(PIECE_BYTES)

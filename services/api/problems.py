@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 
 from launcher.problems import Problem, SpecError, shorten
+from parallelism.objects import StoreAwayError
 from services.store.jobs import Conflict, KeyReused, QuotaExceeded, UnknownJob, VersionChanged
 
 MEDIA_TYPE = "application/problem+json"
@@ -105,6 +106,10 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         log.error("the store does not answer: %s", str(error).partition("\n")[0])
         return answer(request, 503, "the job store does not answer", headers={"Retry-After": "5"})
 
+    def away(request: Request, error: Exception) -> Response:
+        log.error("%s", error)
+        return answer(request, 503, "the store of the jobs' files does not answer", headers={"Retry-After": "5"})
+
     def fault(request: Request, error: Exception) -> Response:
         return answer(request, 500, "a fault of the service; its log says more")
 
@@ -113,6 +118,7 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     app.add_exception_handler(RequestValidationError, refused_parameters)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(OperationalError, busy)
+    app.add_exception_handler(StoreAwayError, away)
     app.add_exception_handler(Exception, fault)
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _with_status(status))

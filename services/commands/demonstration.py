@@ -13,7 +13,7 @@ from launcher.journal import Journal
 from launcher.spec import JobSpec
 from services.client import Client
 from services.commands.continuing import at_service
-from services.commands.terminal import api_key
+from services.commands.terminal import api_key, home_at
 from services.foreground import Work
 from services.place import running_url
 from services.settings import load_settings
@@ -33,13 +33,13 @@ def demo_job(spec: JobSpec, home: Path, tracking: str | None, console: Console) 
     url = running_url(home)
     if url is not None:
         console.print(f"the service at {url} runs the demo", markup=False)
-        yield _hand_in(spec, Client(url, api_key()), Home(home), None)
+        yield _hand_in(spec, Client(url, api_key()), home_at(home), None)
         return
     from services.up import embedded  # the job store is not for every command to load
 
     settings = load_settings(home, mlflow=tracking)
     with embedded(settings, 0, lambda line: console.print(line, markup=False), serve_mlflow=False) as service:
-        yield _hand_in(spec, Client(service.url, api_key()), Home(home), service)
+        yield _hand_in(spec, Client(service.url, api_key()), home_at(home), service)
 
 
 def _hand_in(spec: JobSpec, client: Client, home: Home, service: "Embedded | None") -> tuple[Journal, Work]:

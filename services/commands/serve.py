@@ -85,7 +85,10 @@ def print_token() -> None:
 
 def _served(settings: Settings) -> Settings:
     """Where people see MLflow is known beforehand: nothing is served beside this part."""
+    from services.up import check_journals
+
     settings.home.mkdir(parents=True, exist_ok=True)
+    check_journals(settings)
     if settings.mlflow is not None and settings.mlflow.startswith("http") and settings.mlflow_url is None:
         return settings.model_copy(update={"mlflow_url": settings.mlflow})
     return settings

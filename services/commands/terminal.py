@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from launcher.jobs import Home
+from parallelism.objects import PATIENCE_SECONDS
+from services.settings import load_settings
 
 DEFAULT_HOME = Path("~/.local/share/espalier")
 
@@ -55,8 +57,8 @@ def api_key() -> str | None:
 
 
 def home_at(path: Path) -> Home:
-    """The home behind the option."""
-    return Home(path.expanduser().absolute())
+    """The home behind the option. Raises ``SpecError`` for an operator's file that cannot be used."""
+    return load_settings(path).jobs_home(PATIENCE_SECONDS)
 
 
 def print_json(document: Any) -> None:

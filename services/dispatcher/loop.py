@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Phase, make_backend
 from launcher.backends.local import LocalBackend
-from launcher.jobs import NO_TRACKING, Home, rest_job
+from launcher.jobs import NO_TRACKING, rest_job
 from launcher.processes import end_processes
 from launcher.states import RESTING, JobState
 from services.dispatcher.deliveries import Deliveries
@@ -50,7 +50,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._home = Home(settings.home)
+        self._home = settings.jobs_home()
         self._database = Database(settings.database_url)
         self._jobs = JobStore(self._database)
         self._leader = Leader(Leases(self._database), settings.lease_seconds)

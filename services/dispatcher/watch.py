@@ -63,10 +63,10 @@ def make_journal(home: Home, row: JobRow) -> Journal:
     journal = home.journal(row.id)
     if journal.exists:
         return journal
-    staged = Journal(home.jobs_dir / STAGING / f"{row.id}-{uuid.uuid4().hex[:8]}")
-    staged.create(JobSpec.model_validate(row.spec), row.id)
-    staged.write_document(DOCUMENT, row.plan)
-    staged.write_document(RECORD, record_of(row))
+    spec, documents = JobSpec.model_validate(row.spec), {DOCUMENT: row.plan, RECORD: record_of(row)}
+    if home.journals is not None:  # nothing is renamed there; what is half written is completed
+        return journal.create(spec, row.id, documents)
+    staged = Journal(home.jobs_dir / STAGING / f"{row.id}-{uuid.uuid4().hex[:8]}").create(spec, row.id, documents)
     try:
         staged.directory.rename(journal.directory)
     except OSError:

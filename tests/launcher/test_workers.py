@@ -27,6 +27,7 @@ def make(room: Room, tmp_path: Path) -> Iterator[Make]:
             WorkerGroup(
                 shape,
                 lambda rank: tmp_path / f"rank{rank}.log",
+                str(tmp_path),
                 function=f"tests.launcher.toys:{function}",
                 connected=connected,
                 timeout_seconds=60,
