@@ -35,10 +35,12 @@ test-campaigns: $(STAMP)
 test-nvme: $(STAMP)
 	$(BIN)/python -m pytest tests/parallelism/test_nvme.py -m compiler
 
-# Jobs on a real Slurm of two nodes on this machine; needs root, for the daemons and to install them (Debian).
+# Jobs on a real Slurm of two nodes, which are network namespaces of this machine; needs root, for them, for the daemons,
+# and to install these (Debian).
 test-slurm: $(STAMP)
-	command -v munged && command -v slurmd && command -v slurmctld || \
-		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
+	command -v munged && command -v slurmd && command -v slurmctld && command -v ip || \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+			slurm-wlm munge iproute2; }
 	$(BIN)/python -m pytest tests/slurm -m slurm
 
 # docker-compose.yml on a Docker engine of the tests' own; needs root, for the engine and to install it (Debian).

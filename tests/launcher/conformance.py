@@ -4,11 +4,13 @@ The coordinator is a program that steps, checkpoints and obeys as the real one d
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from launcher.backends.base import Backend, Handle, Phase
 from launcher.jobs import Home, create_job
@@ -107,7 +109,10 @@ class BackendContract:
         time.sleep(1.0)
         assert seen.last_event() == last
         assert seen.state() in (JobState.RUNNING, JobState.INTERRUPTED)  # Slurm asks even those that it kills
-        assert seen.holder() is None
+        # Where nobody can look from here, it counts for a minute after its last event.
+        elsewhere = seen.view().attempt["node"] != socket.gethostname()
+        with mock.patch("time.time", return_value=time.time() + 60 * elsewhere):
+            assert seen.holder() is None
 
     def test_a_coordinator_that_does_not_come_up_is_told_with_its_last_words(self, place: Place) -> None:
         journal, backend = place.journal(FEW), place.make(NO_MODULE)

@@ -1,10 +1,12 @@
-"""A real Slurm on this machine: munged, slurmctld and two slurmd, which are two nodes to it. Needs root."""
+"""A real Slurm on this machine: munged, slurmctld, and two nodes with addresses of their own. Needs root.
+
+The controller and the nodes are network namespaces (:mod:`tests.machines`); commands are called from outside of them.
+"""
 
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,21 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from tests.ports import free_ports
+from tests.machines import Machine, machines, start
 
+CONTROLLER = "ctl"
 NODES = ("n1", "n2")
 CPUS = 2
 UP_SECONDS = 60.0
 
 CONFIGURATION = """
 ClusterName=espalier
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
+SlurmctldHost=ctl({ctl})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=20
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -41,11 +43,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 MpiDefault=none
-ReturnToService=2
+ReturnToService=1
 KillWait=5
+SlurmdTimeout=20
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2,sched_min_interval=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs={cpus}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs={cpus}
+NodeName=n1 NodeAddr={n1} CPUs={cpus}
+NodeName=n2 NodeAddr={n2} CPUs={cpus}
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=120 State=UP
 PartitionName=single Nodes=n1,n2 MaxNodes=1 MaxTime=120 State=UP
 """
@@ -56,6 +59,7 @@ class RealSlurm:
     """One that is up; its commands need :attr:`environment`."""
 
     folder: Path
+    machines: dict[str, Machine]
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -71,12 +75,25 @@ class RealSlurm:
         """The node's state, in Slurm's word."""
         return self.call("sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T").split()[0]
 
-    def start(self, name: str, *command: str) -> None:
-        """Start one of its daemons in the foreground."""
-        with open(self.folder / f"{name}.out", "ab") as log:
+    def start_daemon(self, name: str, *command: str) -> None:
+        """Start one of its daemons in the foreground, on the machine of this name if there is one."""
+        log, environment = self.folder / f"{name}.out", os.environ | self.environment
+        if name in self.machines:
+            self.daemons[name] = start(self.machines[name], command, log, environment)
+            return
+        with open(log, "ab") as file:
             self.daemons[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | self.environment
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
             )
+
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
+        self.start_daemon(name, "slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"))
+
+    def lose_node(self, name: str) -> None:
+        """SIGKILL to everything that runs on a node, as when its power fails."""
+        self.machines[name].kill()
+        self.daemons.pop(name).wait()
 
     def stop(self) -> None:
         """End the daemons by their own ids, the last one first."""
@@ -94,14 +111,17 @@ def real_slurm() -> Iterator[RealSlurm]:
     """Up inside the block, for this process and its children."""
     folder = Path(tempfile.mkdtemp(prefix="esp-slurm-", dir="/tmp"))
     folder.chmod(0o755)
-    slurm = RealSlurm(folder)
     try:
-        _start(slurm)
-        with mock.patch.dict(os.environ, slurm.environment):
-            until(lambda: all(slurm.state_of(node) == "idle" for node in NODES), UP_SECONDS)
-            yield slurm
+        with machines(CONTROLLER, *NODES) as found:
+            slurm = RealSlurm(folder, {machine.name: machine for machine in found})
+            try:
+                _start(slurm)
+                with mock.patch.dict(os.environ, slurm.environment):
+                    until(lambda: all(slurm.state_of(node) == "idle" for node in NODES), UP_SECONDS)
+                    yield slurm
+            finally:
+                slurm.stop()
     finally:
-        slurm.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -113,17 +133,15 @@ def _start(slurm: RealSlurm) -> None:
         file.write(secrets.token_bytes(128))
     munge = [f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid"]
     munge += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
-    slurm.start("munged", "munged", "--foreground", "--force", *munge)
+    slurm.start_daemon("munged", "munged", "--foreground", "--force", *munge)
     until((folder / "munge.socket").exists, UP_SECONDS)
-    controller, first, second = free_ports(3)
-    values = {"host": socket.gethostname().partition(".")[0], "folder": folder, "cpus": CPUS}
-    values |= {"controller": controller, "first": first, "second": second}
+    addresses = {name: machine.address for name, machine in slurm.machines.items()}
     configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(**values), encoding="utf-8")
-    slurm.start("slurmctld", "slurmctld", "-D", "-f", str(configuration))
+    configuration.write_text(CONFIGURATION.format(folder=folder, cpus=CPUS, **addresses), encoding="utf-8")
+    slurm.start_daemon(CONTROLLER, "slurmctld", "-D", "-f", str(configuration))
     for node in NODES:
         (folder / f"spool-{node}").mkdir()
-        slurm.start(node, "slurmd", "-D", "-N", node, "-f", str(configuration))
+        slurm.start_node(node)
 
 
 def until(condition: Callable[[], object], seconds: float) -> None:

@@ -21,7 +21,7 @@ EVERY = 5
 JOB_SECONDS = 600.0
 FAULTY = "tests.launcher.faulty_coordinator"
 
-SLURM = {"backend": "slurm", "slurm": {"nodes": 2, "cpus_per_node": 2, "partition": "main"}}
+SLURM: dict[str, Any] = {"backend": "slurm", "slurm": {"nodes": 2, "cpus_per_node": 2, "partition": "main"}}
 
 
 def job_spec(folder: Path, execution: dict[str, Any], data: int = 1) -> JobSpec:
@@ -61,6 +61,10 @@ class Watched:
         until(lambda: condition() or self._states, seconds)
         assert condition(), f"the job is {self.view.state}: {self.view.error}"
 
+    def hurry(self) -> None:
+        """From the next process group on, steps take as long as they take."""
+        FaultPlan(self.journal.directory).write()
+
     @property
     def view(self) -> Any:
         """What the journal says now."""
@@ -72,11 +76,11 @@ class Watched:
         return int(self.view.candidate("large").latest.get("step", 0))
 
     def until_step(self, step: int, epoch: int = 1) -> None:
-        """Wait until an attempt has done a step."""
+        """Wait until an attempt has done a step, and at least one of its own."""
 
         def done() -> bool:
             gang = self.view.candidate("large").gang
-            return gang is not None and gang.epoch >= epoch and gang.step >= step
+            return gang is not None and gang.epoch >= epoch and gang.step >= max(step, gang.resumed_step + 1)
 
         self.until(done)
 

@@ -1,6 +1,7 @@
 """Whole jobs on a real Slurm of two nodes: to the end, cancelled, queued again, and with a node gone."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from services.client import Client
 from tests.launcher.fingerprint import fingerprint
 from tests.launcher.leftovers import left_behind
 from tests.services.running import Running, text_files, tiny_job, up
-from tests.slurm.cluster import RealSlurm, until
+from tests.slurm.cluster import NODES, RealSlurm, until
 from tests.slurm.jobs import EVERY, FAULTY, SLURM, STEPS, Watched, job_spec, random_steps
 
 REQUEUES = 5
@@ -29,6 +30,12 @@ REQUEUES = 5
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The candidate's row in the result of the job in peace, on one machine, with what its checkpoint holds."""
     return _in_peace(tmp_path_factory.mktemp("undisturbed"), data=1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of the job that is spread over both nodes."""
+    return _in_peace(tmp_path_factory.mktemp("undisturbed-pair"), data=2)
 
 
 def _in_peace(folder: Path, data: int) -> dict[str, Any]:
@@ -55,22 +62,25 @@ def _slurm_job(watched: Watched) -> str:
     return str(handle["slurm_job"])
 
 
-def _watched(folder: Path, pace_seconds: float = 0.2, **execution: Any) -> Watched:
-    spec = job_spec(folder, SLURM | execution)
+def _watched(folder: Path, pace_seconds: float = 0.2, data: int = 1, **slurm: Any) -> Watched:
+    spec = job_spec(folder, SLURM | {"slurm": SLURM["slurm"] | slurm}, data)
     return Watched(Home(folder / "home"), spec, SlurmBackend(FAULTY, fresh_seconds=0.3), pace_seconds)
 
 
-def test_a_job_across_two_nodes_ends_as_on_one_machine(slurm: RealSlurm, tmp_path: Path) -> None:
+def test_a_job_across_two_nodes_ends_as_on_one_machine(
+    slurm: RealSlurm, undisturbed_pair: dict[str, Any], tmp_path: Path
+) -> None:
     spec = job_spec(tmp_path, SLURM, data=2)
     watched = Watched(Home(tmp_path / "home"), spec, SlurmBackend(fresh_seconds=0.3))
     assert watched.end() is JobState.SUCCEEDED, watched.view.error
-    _assert_alike(_row(watched.journal), _in_peace(tmp_path / "peace", data=2))
+    _assert_alike(_row(watched.journal), undisturbed_pair)
     ranks = {
-        event["rank"]: event["node_id"]
+        event["rank"]: event["node"]
         for event in watched.journal.events()
         if event["kind"] == "process_started" and event["role"] == "rank"
     }
     assert ranks[0] == ranks[1] != ranks[2] == ranks[3]  # tensor parallelism stays inside a node
+    assert set(ranks.values()) == set(NODES)
     until(lambda: slurm.state_of("n1") == slurm.state_of("n2") == "idle", 60)
     assert left_behind(watched.journal) == []
 
@@ -90,19 +100,19 @@ def test_scancel_ends_a_job_that_can_be_continued(
     _assert_alike(_row(watched.journal), undisturbed)
 
 
-def test_a_warning_writes_a_checkpoint_and_queues_the_job_again(
+def test_before_the_time_limit_a_checkpoint_is_written_and_the_job_queues_again(
     slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """USR2 to the script is what Slurm sends before the time limit and before a preemption."""
-    watched = _watched(tmp_path)
-    watched.until_step(2 * EVERY + 2)
-    number = _slurm_job(watched)
-    slurm.call("scancel", "--batch", "--signal=USR2", number)
-    watched.until(lambda: any("PENDING" in reason for reason in watched.told))
+    """Slurm looks at limits twice a minute, and warns as much earlier: 60 to 90 s after the start."""
+    watched = _watched(tmp_path, pace_seconds=2.5, time="3", checkpoint_seconds=90)
+    watched.until(lambda: any("PENDING" in reason and "BeginTime" in reason for reason in watched.told))
+    slurm.call("scontrol", "update", f"jobid={_slurm_job(watched)}", "timelimit=60")  # one warning is enough
+    watched.hurry()
     assert watched.end() is JobState.SUCCEEDED, watched.view.error
     first, second = watched.view.candidate("large").gangs
     assert first.epoch < second.epoch
     assert first.ended == "signal"
+    assert 0 < first.step < STEPS
     assert second.resumed_step == first.step  # no step is done twice
     assert watched.view.candidate("large").lost_device_seconds == 0
     _assert_alike(_row(watched.journal), undisturbed)
@@ -111,7 +121,7 @@ def test_a_warning_writes_a_checkpoint_and_queues_the_job_again(
 def test_requeues_at_random_steps_change_nothing_but_the_bill(
     slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    watched = _watched(tmp_path)
+    watched = _watched(tmp_path, pace_seconds=1.0)  # what is told late does not bring the job to its end
     for epoch, step in enumerate(random_steps(REQUEUES, STEPS, seed=20), start=1):
         watched.until_step(step, epoch)
         slurm.call("scontrol", "requeue", _slurm_job(watched))
@@ -126,21 +136,38 @@ def test_requeues_at_random_steps_change_nothing_but_the_bill(
     until(lambda: left_behind(watched.journal) == [], 60)
 
 
+@pytest.mark.parametrize("how", ["power", "operator"])
 def test_a_job_that_loses_a_node_waits_with_the_reason_and_goes_on(
-    slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
+    slurm: RealSlurm, undisturbed_pair: dict[str, Any], tmp_path: Path, how: str
 ) -> None:
-    watched = _watched(tmp_path)
+    """The node's processes are killed, Slurm's daemon too; or Slurm is told that the node is down."""
+    watched = _watched(tmp_path, data=2)
     watched.until_step(2 * EVERY)
-    slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    before = len(watched.told)
+    _take_down(slurm, "n2", how)
     try:
-        watched.until(lambda: any("Slurm job" in reason and "PENDING" in reason for reason in watched.told))
-        waiting = ("Resources", "Nodes", "ReqNodeNotAvail", "PartitionConfig")
-        watched.until(lambda: any(word in reason for reason in watched.told for word in waiting), 200)
+        waiting = re.compile(r"Slurm job \d+ is PENDING: .*(Resources|Nodes|ReqNodeNotAvail|PartitionConfig)")
+        watched.until(lambda: any(waiting.match(reason) for reason in watched.told[before:]), 200)
     finally:
-        slurm.call("scontrol", "update", "nodename=n2", "state=resume")
+        _bring_back(slurm, "n2", how)
     assert watched.end() is JobState.SUCCEEDED, watched.view.error
     assert watched.view.epoch > 1
-    _assert_alike(_row(watched.journal), undisturbed)
+    _assert_alike(_row(watched.journal), undisturbed_pair)
+    until(lambda: left_behind(watched.journal) == [], 60)
+
+
+def _take_down(slurm: RealSlurm, node: str, how: str) -> None:
+    if how == "power":
+        slurm.lose_node(node)
+    else:
+        slurm.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+
+def _bring_back(slurm: RealSlurm, node: str, how: str) -> None:
+    if how == "power":
+        slurm.start_node(node)
+    else:
+        slurm.call("scontrol", "update", f"nodename={node}", "state=resume")
 
 
 @pytest.fixture(scope="module")
