@@ -166,7 +166,10 @@ def _result(service: Service, owner: str | None, job_id: str) -> dict[str, Any]:
     row = service.jobs.get(job_id, owner)
     with service.opened(job_id) as journal:
         if journal is not None:
-            return result_document(journal)
+            document, server = result_document(journal), service.settings.mlflow_url
+            if server and document["mlflow_url"]:  # the journal has the server's address among the parts
+                document["mlflow_url"] = mlflow_address(server, journal)
+            return document
     raise Refusal(404, f"job {row.id} has not been dispatched yet: there is nothing to show")
 
 

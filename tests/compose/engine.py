@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ POSTGRES = """
 FROM {python}
 RUN apt-get update && apt-get install -y --no-install-recommends postgresql && rm -rf /var/lib/apt/lists/*
 COPY start /usr/local/bin/start
-ENV PATH=/usr/lib/postgresql/15/bin:$PATH PGDATA=/var/lib/postgresql/data
+ENV PATH=/usr/lib/postgresql/15/bin:$PATH PGDATA=/var/lib/postgresql/data LANG=C.UTF-8
 ENTRYPOINT ["sh", "/usr/local/bin/start"]
 """
 POSTGRES_START = """
@@ -59,7 +60,7 @@ const [, , , port, , directory] = process.argv;
 const S3rver = require("/opt/node_modules/s3rver");
 const models = require("/opt/node_modules/s3rver/lib/models/account.js");
 new models(1, "root").createKeyPair(process.env.ROOT_ACCESS_KEY, process.env.ROOT_SECRET_KEY);
-new S3rver({ address: "0.0.0.0", port: Number(port.slice(1)), directory, silent: true }).run();
+new S3rver({ address: "0.0.0.0", port: Number(port.slice(1)), directory, vhostBuckets: false, silent: true }).run();
 """
 
 
@@ -114,7 +115,9 @@ def call(command: list[str], environment: Mapping[str, str], cwd: Path | None, s
 
 @contextmanager
 def real_engine() -> Iterator[Engine]:
-    """Up inside the block, with the stand-ins; nothing of it is left afterwards, but for images that were to stay."""
+    """Up inside the block, with a stand-in for Python's image; nothing is left afterwards, but for images that were to
+    stay.
+    """
     kept = os.environ.get(FOLDER)
     folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="dkr-", dir="/tmp"))
     folder.mkdir(exist_ok=True)
@@ -125,7 +128,8 @@ def real_engine() -> Iterator[Engine]:
     engine = Engine(folder)
     try:
         _await_up(engine, daemon)
-        make_stand_ins(engine)
+        if not engine.has(PYTHON_IMAGE):
+            _make_python(engine)
         yield engine
     finally:
         daemon.terminate()
@@ -147,11 +151,9 @@ def _await_up(engine: Engine, daemon: "subprocess.Popen[bytes]") -> None:
 
 
 def make_stand_ins(engine: Engine) -> None:
-    """Those images that our files name and that the engine does not have."""
+    """Those of the images that docker-compose.yml names and that the engine does not have."""
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     postgres, store = (_named(compose, name) for name in ("postgres", "versity/versitygw"))
-    if not engine.has(PYTHON_IMAGE):
-        _make_python(engine)
     if not engine.has(postgres):
         engine.build(postgres, POSTGRES.format(python=PYTHON_IMAGE), {"start": POSTGRES_START})
     if not engine.has(store):
@@ -182,12 +184,8 @@ def _make_python(engine: Engine) -> None:
         shutil.copy(AUTHORITIES, root / AUTHORITIES.lstrip("/"))
         wheels = root / "opt" / "wheels"
         wheels.mkdir(parents=True)
-        call(
-            ["python3", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), torch[0]],
-            os.environ,
-            None,
-            900,
-        )
+        options = ["--quiet", "--no-deps", "--python-version", "3.11", "--only-binary", ":all:", "--dest", str(wheels)]
+        call([sys.executable, "-m", "pip", "download", *options, torch[0]], os.environ, None, 900)
         (root / "etc" / "pip.conf").write_text(
             f"[global]\nfind-links = /opt/wheels\ncert = {AUTHORITIES}\ndefault-timeout = 180\n", encoding="ascii"
         )

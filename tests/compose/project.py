@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.client import Client
-from tests.compose.engine import Engine, call
+from tests.compose.engine import Engine, call, make_stand_ins
 from tests.services.running import ROOT
 
 API, MLFLOW = "http://127.0.0.1:8700", "http://127.0.0.1:5000"
 UP_SECONDS = 300.0
 SERVICES = ("api", "dispatcher", "mlflow", "object-store", "postgres", "ray-head", "ray-worker")
+LABEL = "com.docker.compose"
 
 
 @dataclass(frozen=True)
@@ -29,32 +31,56 @@ class Project:
     engine: Engine
     clone: Path
 
+    def build(self, name: str, *options: str) -> None:
+        """Build one of our images. Builds see the network of this machine; the file's would be on the engine's own."""
+        dockerfile, tag = f"deploy/docker/{name}.Dockerfile", f"espalier-{name}:0.1.0"
+        self.engine.docker(
+            "build", "--network", "host", *options, "--file", dockerfile, "--tag", tag, ".", cwd=self.clone
+        )
+
     def compose(self, *arguments: str, seconds: float = 2400.0) -> str:
         """Run docker-compose in the clone."""
-        return call(["docker-compose", "--no-ansi", *arguments], self.engine.environment, self.clone, seconds)
+        return call(["docker-compose", "--ansi", "never", *arguments], self.engine.environment, self.clone, seconds)
 
     def up(self) -> None:
         """Bring it up and wait until every part is well."""
         self.compose("up", "--detach", "--no-build")
-        self.until(lambda: set(self.states()) == set(SERVICES) and all(map(well, self.states().values())), UP_SECONDS)
+        self.until(self.is_whole, UP_SECONDS)
 
-    def container(self, service: str) -> str:
-        """The container of a service."""
-        return self.compose("ps", "--quiet", service).strip()
+    def is_whole(self, without: Mapping[str, int] = {}) -> bool:
+        """Whether every container is well, none of them by a process that was killed, and a dispatcher leads."""
+        states = self.states()
+        known = set(states) == set(SERVICES) and all(states[name]["Pid"] != pid for name, pid in without.items())
+        return known and all(map(well, states.values())) and self._is_ready()
+
+    def _is_ready(self) -> bool:
+        try:
+            self.client().ready()
+        except (OSError, ValueError):  # nobody answers, or somebody who says what is missing
+            return False
+        return True
+
+    def inside(self, service: str, *command: str, user: str | None = None) -> str:
+        """Run something in a service's container; its output."""
+        options = ["--user", user] if user else []
+        return self.engine.docker("exec", *options, self._containers()[service]["Id"], *command)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """Of the container of every service."""
-        found = {}
-        for service in SERVICES:
-            container = self.container(service)
-            if container:
-                (document,) = json.loads(self.engine.docker("inspect", container))
-                found[service] = document["State"]
-        return found
+        return {service: found["State"] for service, found in self._containers().items()}
 
-    def kill(self, service: str) -> None:
+    def _containers(self) -> dict[str, dict[str, Any]]:
+        mine = f"label={LABEL}.project={self.clone.name}"
+        names = self.engine.docker("ps", "--all", "--quiet", "--filter", mine).split()
+        documents = json.loads(self.engine.docker("inspect", *names)) if names else []
+        return {document["Config"]["Labels"][f"{LABEL}.service"]: document for document in documents}
+
+    def kill(self, service: str) -> int:
         """End a container as a crash does: the engine takes its own ``kill`` for a wish, and would not restart it."""
-        os.kill(self.states()[service]["Pid"], signal.SIGKILL)
+        process: int = self.states()[service]["Pid"]
+        assert process, f"{service} does not run: {self.logs()}"
+        os.kill(process, signal.SIGKILL)
+        return process
 
     def client(self) -> Client:
         """As the administrator whose key was made with the secrets."""
@@ -70,7 +96,7 @@ class Project:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"{self.compose('ps')}\n{self.logs()}"
-            time.sleep(1.0)
+            time.sleep(0.5)
 
 
 def well(state: dict[str, Any]) -> bool:
@@ -85,11 +111,11 @@ def bring_up(engine: Engine, clone: Path) -> Iterator[Project]:
     shutil.copy(ROOT / ".dockerignore", clone)
     subprocess.run([sys.executable, "deploy/compose/make_secrets.py"], cwd=clone, check=True)
     project = Project(engine, clone)
-    # The file builds on the engine's usual network; here, builds see what this machine sees.
-    for name in ("api", "worker"):
-        dockerfile = f"deploy/docker/{name}.Dockerfile"
-        options = ["--network", "host", "--build-arg", "TORCH_OPTIONS="] if name == "worker" else ["--network", "host"]
-        engine.docker("build", *options, "--file", dockerfile, "--tag", f"espalier-{name}:0.1.0", ".", cwd=clone)
+    with ThreadPoolExecutor(2) as pool:  # downloads of one while the other compiles
+        builds = [pool.submit(project.build, "worker", "--build-arg", "TORCH_OPTIONS=")]
+        builds += [pool.submit(make_stand_ins, engine), pool.submit(project.build, "api")]
+    for build in builds:
+        build.result()
     try:
         project.up()
         yield project
