@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 import zstandard
+from fsspec.spec import AbstractBufferedFile
 
 from parallelism.data.config import BUILTIN_PREFIX, DataConfig
 from parallelism.data.errors import DataError
@@ -24,6 +25,7 @@ COMPRESSION_FACTOR = 4
 
 COMPRESSED = (".gz", ".zst")
 ZSTD_READ_BYTES = 1 << 16
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:
     if suffix.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
     if suffix.endswith(".zst"):
-        return io.BufferedReader(_ZstdFrames(stored), 1 << 20)
+        return io.BufferedReader(_ZstdFrames(stored), READ_BYTES)
+    if isinstance(stored, AbstractBufferedFile):  # of an object store: its own readline takes no size
+        return io.BufferedReader(stored, READ_BYTES)
     return stored
 
 

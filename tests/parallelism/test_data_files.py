@@ -9,10 +9,11 @@ from pathlib import Path
 import fsspec
 import pytest
 import zstandard
+from fsspec.spec import AbstractBufferedFile
 
 from parallelism.data.config import DataConfig
 from parallelism.data.errors import DataError
-from parallelism.data.files import absolute, find_files, python_stdlib
+from parallelism.data.files import SourceFile, absolute, find_files, python_stdlib
 from parallelism.data.readers import read_documents
 
 
@@ -90,6 +91,26 @@ def test_fsspec_urls_keep_their_protocol_in_the_name() -> None:
         assert [content(file) for file in found] == [b"one", b"two"]
     finally:
         memory.rm("/espalier-test", recursive=True)
+
+
+class StoredFile(AbstractBufferedFile):
+    """As fsspec gives the files of object stores."""
+
+    content = b"erste Zeile\nzweite\n"
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self.content[start:end]
+
+
+class Store:
+    def open(self, path: str, mode: str) -> StoredFile:
+        return StoredFile(None, path, mode, size=len(StoredFile.content))
+
+
+def test_text_in_an_object_store_is_read_by_lines() -> None:
+    file = SourceFile("s3://texts/a.txt", len(StoredFile.content), "data.train.0", Store(), "texts/a.txt")
+    config = DataConfig(train=[file.name], documents="line")
+    assert [document.text for document in read_documents((file,), config, 1)] == ["erste Zeile\n", "zweite\n"]
 
 
 def test_a_missing_protocol_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
