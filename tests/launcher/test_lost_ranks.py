@@ -65,7 +65,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def _group(fate: Callable[[], Any]) -> WorkerGroup:
     """Two ranks at work; the second one's call has failed, and it answers no other than with its fate."""
-    group = WorkerGroup(GroupShape(2, 1, 1), lambda rank: Path(f"rank{rank}.log"))
+    group = WorkerGroup(GroupShape(2, 1, 1), lambda rank: Path(f"rank{rank}.log"), "here")
     group._actors = [FakeActor(list), FakeActor(fate)]
     group._facts = FACTS
     group._runs = {Call(None, answered=False): 0, Call(_unreachable()): 1}
