@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
 from tests.ports import free_ports
 
 KEY, SECRET, BUCKET = "espalier-tests", "not-a-secret-at-all", "jobs"
@@ -136,3 +139,16 @@ def object_store() -> Iterator[ObjectStore]:
             for socket in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 socket.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Forgetful(MemoryFileSystem):
+    protocol = "forgetful"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: object) -> None:
+        super().pipe_file(path, value, mode="overwrite")
+
+
+def forgetful_store() -> str:
+    """The address of a store, in this process alone, that ignores conditions on PUT as some servers do."""
+    fsspec.register_implementation("forgetful", _Forgetful, clobber=True)
+    return "forgetful://jobs"

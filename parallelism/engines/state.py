@@ -189,10 +189,12 @@ def seed_everything(seed: int, step: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Every random state of this rank, in types that ``torch.load(weights_only=True)`` reads."""
+    """Every random state of this rank, in types that ``torch.load(weights_only=True)`` reads.
+
+    Python's own is left out: training draws nothing from it, but clients of object stores do, when they try again.
+    """
     algorithm, keys, *rest = np.random.get_state(legacy=True)
     return {
-        "python": random.getstate(),
         "numpy": (algorithm, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
@@ -208,7 +210,6 @@ def random_state_key(rank: int, world_size: int) -> str:
 
 def restore_random_state(saved: dict[str, Any]) -> None:
     """Go back to what :func:`random_state` returned, on the same rank of the same layout."""
-    random.setstate(saved["python"])
     algorithm, keys, *rest = saved["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(saved["torch"])

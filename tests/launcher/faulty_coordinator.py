@@ -4,6 +4,7 @@ import sys
 
 from launcher.coordinator import coordinate, parse
 from launcher.stages.line import STAGES
+from parallelism import places
 from tests.launcher.faults import FaultPlan, coordinate_with
 
 RANK_FUNCTION = "tests.launcher.faults:run_task"
@@ -12,7 +13,9 @@ RANK_FUNCTION = "tests.launcher.faults:run_task"
 def main() -> int:
     """Entry point of the coordinator's process."""
     options = parse()
-    return coordinate_with(FaultPlan.read(options.journal), lambda: coordinate(options, STAGES, RANK_FUNCTION))
+    return coordinate_with(
+        FaultPlan.read(places.at(options.journal)), lambda: coordinate(options, STAGES, RANK_FUNCTION)
+    )
 
 
 if __name__ == "__main__":

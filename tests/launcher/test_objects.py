@@ -1,0 +1,178 @@
+"""Whole jobs whose journals are in a real S3 server, which is killed and started again while they run."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.backends.local import LocalBackend
+from launcher.jobs import Home, collect_garbage, create_job, list_jobs, run_job
+from launcher.journal import Journal, StaleEpochError, open_journal
+from launcher.problems import SpecError
+from launcher.result import result_document
+from launcher.spec import JobSpec
+from launcher.states import JobState
+from launcher.validate import check
+from parallelism import places
+from services.submission import make_request
+from tests.finished import STEPS, small_job
+from tests.launcher.faults import FaultPlan
+from tests.launcher.fingerprint import fingerprint, tensors_checksum
+from tests.object_store import ObjectStore, forgetful_store, object_store
+
+FAULTY = "tests.launcher.faulty_coordinator"
+JOB_SECONDS = 600.0
+AWAY_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    """Up before each test."""
+    with object_store() as found:
+        yield found
+
+
+def spec_of(folder: Path, **execution: Any) -> JobSpec:
+    """Two candidates, one of them tensor-parallel, a checkpoint every five steps."""
+    document = small_job(folder / "text")
+    document["execution"] |= {"checkpoint_every": {"steps": 5}, **execution}
+    return JobSpec.model_validate(document)
+
+
+def brought(journal: Journal) -> dict[str, Any]:
+    """What a job has to have brought, whatever happened to it and wherever it lies."""
+    result = result_document(journal)
+    found: dict[str, Any] = {}
+    for row in result["candidates"]:
+        found[row["name"]] = {name: row[name] for name in ("steps", "tokens", "flops", "train_loss", "validation_loss")}
+        found[row["name"]]["state"] = fingerprint(places.need(journal.local(row["checkpoint"])))
+    for row in result["variants"]:
+        found[row["name"]] = (tensors_checksum(journal.local(row["path"])), row["quality"], row["on_frontier"])
+    return found
+
+
+def steps_told(journal: Journal, candidate: str) -> list[int]:
+    """Numbers of the steps that the journal tells of, without those that a restart has undone."""
+    told: list[int] = []
+    for event in journal.events():
+        if event["kind"] == "train.step" and event["candidate"] == candidate:
+            for row in event["steps"]:
+                told = [step for step in told if step < row["step"]] + [row["step"]]
+    return told
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same job on a file system, in peace."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    home = Home(folder / "home")
+    journal = create_job(spec_of(folder), home)
+    assert run_job(home, journal.job_id, LocalBackend()) is JobState.SUCCEEDED
+    return brought(journal)
+
+
+class Outages(threading.Thread):
+    """Kills the store at the given steps of a candidate, and brings it up again after a while."""
+
+    def __init__(self, store: ObjectStore, journal: Journal, steps: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._store, self._journal, self._steps = store, Journal(journal.directory), steps
+        self.at: list[int] = []
+
+    def run(self) -> None:
+        for step in self._steps:
+            if not self._until(lambda wanted=step: self._step() >= wanted):
+                return
+            self._store.kill()
+            self.at.append(self._step_known)
+            time.sleep(AWAY_SECONDS)
+            self._store.start()
+
+    def _step(self) -> int:
+        self._step_known = int(self._journal.view().candidate("large").latest.get("step", 0))
+        return self._step_known
+
+    def _until(self, reached: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + JOB_SECONDS
+        while not reached():
+            if time.monotonic() > deadline or self._journal.view().candidate("large").result:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+def test_a_job_survives_a_store_that_is_killed_twice_while_it_trains(
+    store: ObjectStore, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    home = Home(tmp_path / "home", store.url(tmp_path.name))
+    journal = create_job(spec_of(tmp_path), home)
+    journal.directory.mkdir(parents=True)
+    FaultPlan(journal.directory, pace_seconds=0.3).write()
+    outages = Outages(store, journal, sorted(random.Random(3).sample(range(4, STEPS - 6), 2)))
+    outages.start()
+    assert run_job(home, journal.job_id, LocalBackend(FAULTY)) is JobState.SUCCEEDED, journal.view().error
+    outages.join(60)
+    assert len(outages.at) == 2
+    assert not list((tmp_path / "home" / "jobs").rglob("*.*"))  # nothing of it is left on this machine
+    assert steps_told(journal, "large") == steps_told(journal, "small") == list(range(1, STEPS + 1))
+    assert [event["number"] for event in journal.events()] == list(range(1, journal.last_event() + 1))
+    assert brought(journal) == undisturbed
+    places.leave(journal.directory)
+
+
+def test_journals_there_are_found_listed_read_and_tidied_up(store: ObjectStore, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", store.url(tmp_path.name))
+    assert list_jobs(home) == []
+    first, second = (create_job(spec_of(tmp_path), home) for _ in range(2))
+    assert [job.job_id for job in list_jobs(home)] == [first.job_id, second.job_id]
+    again = open_journal(first.location)
+    assert again.spec() == first.spec()
+    assert again.state() is JobState.SUBMITTED
+    with pytest.raises(ValueError, match="already holds a job"):
+        again.create(spec_of(tmp_path))
+    first.claim_epoch()
+    again.claim_epoch()
+    with pytest.raises(StaleEpochError):
+        first.append("told too late", {})
+    second.claim_epoch()
+    second.set_state(JobState.CANCELLED)
+    name = second.job_id
+    (found,) = collect_garbage(home, older_than_days=-1.0)
+    assert (found.what, found.job_id) == ("job", name)
+    assert [job.job_id for job in list_jobs(home)] == [first.job_id]
+    assert not (tmp_path / "home").exists()  # nothing of it was needed on this machine
+
+
+def test_what_is_half_written_down_is_completed(store: ObjectStore, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", store.url(tmp_path.name))
+    journal = home.journal("cut-off")
+    journal.storage.put_exclusive("job.json", b'{"id": "cut-off", "created": 1.0}')
+    assert not journal.exists
+    assert list_jobs(home) == []
+    journal.create(spec_of(tmp_path), "cut-off", {"plan": {"version": 1}})
+    assert journal.exists
+    assert [event["kind"] for event in journal.events()] == ["submitted"]
+    assert journal.document("plan") == {"version": 1}
+
+
+@pytest.mark.parametrize("backend", ["slurm", "kubernetes"])
+def test_back_ends_that_need_shared_files_are_refused_beforehand(
+    store: ObjectStore, tmp_path: Path, backend: str
+) -> None:
+    from launcher.clusters import cluster_of
+
+    home = Home(tmp_path / "home", store.url(tmp_path.name))
+    spec = spec_of(tmp_path)
+    asked = spec.model_copy(update={"execution": spec.execution.model_copy(update={"backend": backend})})
+    with pytest.raises(SpecError, match="need files that they share") as told:
+        check(asked, cluster_of(spec, home.root), home.path)
+    assert "use local, ray" in str(told.value)
+
+
+def test_a_store_that_cannot_hold_journals_is_refused_beforehand(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="ignores If-None-Match"):
+        make_request(spec_of(tmp_path), Home(tmp_path / "home", forgetful_store()))
