@@ -9,7 +9,7 @@ processes of one machine at once, Ray's servers included:
 - ``head``: the machine of Ray's head and of the job's coordinator is lost, and with it the cluster's memory
 
 Every job has to succeed with weights, moments, random states and progress of its undisturbed sibling, and to leave no
-process behind. Exit code 1 when something does not hold. Needs root; takes about ten minutes on two cores.
+process behind. Exit code 1 when something does not hold. Needs root; takes about a quarter of an hour on two cores.
 
     python benchmarks/clusters/ray_nodes_killed.py [--json FILE] [--seed 1] [--jobs fits fits waits waits head]
 """
