@@ -6,7 +6,7 @@ are network namespaces with addresses of their own, and each carries one tensor-
 states and variants have to be the same bit for bit. Then the job runs on Slurm once more and is requeued by
 ``scontrol requeue`` at random steps: the same bits again, and a ledger that goes on over all attempts.
 
-Exit code 1 when something does not hold. Needs root and Slurm (``make test-slurm`` installs it). Takes about ten
+Exit code 1 when something does not hold. Needs root and Slurm (``make test-slurm`` installs it). Takes about twenty
 minutes on two cores.
 
     python benchmarks/clusters/one_job.py [--json FILE] [--requeues 5] [--seed 1]
