@@ -123,6 +123,7 @@ def real_engine() -> Iterator[Engine]:
     folder.mkdir(exist_ok=True)
     command = ["dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")]
     command += ["--pidfile", str(folder / "pid"), "--host", f"unix://{folder}/socket", "--log-level", "warn"]
+    command += ["--bridge", "none"]  # the compose file makes a network of its own
     with open(folder / "log", "ab") as log:
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     engine = Engine(folder)
@@ -134,8 +135,16 @@ def real_engine() -> Iterator[Engine]:
     finally:
         daemon.terminate()
         daemon.wait(60)
+        _unmount(folder)
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unmount(folder: Path) -> None:
+    """What an engine leaves mounted when it ends."""
+    targets = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    for target in sorted((one for one in targets if one.startswith(f"{folder}/")), reverse=True):
+        call(["umount", target], os.environ, None, 60)
 
 
 def _await_up(engine: Engine, daemon: "subprocess.Popen[bytes]") -> None:
