@@ -24,6 +24,7 @@ from launcher.policy import EXIT_DONE, EXIT_FAILED, EXIT_STALE, EXIT_STOPPED, TE
 from launcher.session import OWN, RayStartError, Room, own_servers, ray_session
 from launcher.states import RESTING, JobState
 from launcher.system import NodeLostError, Nodes
+from launcher.versions import VersionsDiffer, check_dispatched
 from launcher.workers import TRAIN
 from parallelism import places
 
@@ -55,6 +56,10 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
     try:
         journal.append("process_started", {"role": "coordinator", "pid": os.getpid(), "node": socket.gethostname()})
         journal.set_state(JobState.STARTING)
+        unfit = _unfit(journal)
+        if unfit is not None:
+            _end(journal, JobState.FAILED, unfit)
+            return EXIT_FAILED
         with nullcontext(room) if room else _connected(options, journal, control) as found:
             control.listen()  # Ray has put its own handlers in place
             _write_servers(journal, options.address)
@@ -71,6 +76,15 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
         if options.ray_dir is not None:
             shutil.rmtree(options.ray_dir, ignore_errors=True)
     return {JobState.SUCCEEDED: EXIT_DONE, JobState.FAILED: EXIT_FAILED}.get(state, EXIT_STOPPED)
+
+
+def _unfit(journal: Journal) -> str | None:
+    """Why this process cannot work on a job that was dispatched by another machine, if it cannot."""
+    try:
+        check_dispatched(journal, f"the coordinator's node {socket.gethostname()}")
+    except VersionsDiffer as error:
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from launcher.profiles import JOBS
 from launcher.spec import JobSpec
 from launcher.states import FINAL, RESTING, JobState, can_continue
 from launcher.tracking import FeederProcess
+from launcher.versions import note_dispatch
 from parallelism import places
 from parallelism.objects import PATIENCE_SECONDS, ObjectTree
 
@@ -178,6 +179,8 @@ class Supervisor:
         while True:
             try:
                 earlier = self._backend.find(self._journal) if self._backend.outlives else None
+                if earlier is None:
+                    note_dispatch(self._journal)
                 return earlier or self._backend.submit(self._journal)
             except BackendUnavailable as error:
                 if self._journal.desired() != "run":

@@ -3,6 +3,7 @@
 A task is a function by its dotted path, with arguments that travel as they are. torch is imported only inside workers.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from launcher.journal import Journal
 from launcher.policy import HOPELESS, UNCOUNTED, Ended
 from launcher.reservation import Bundle, Reservation
 from launcher.session import Room
+from launcher.versions import check_versions, versions_here
 from launcher.workers import GroupShape, RankFacts, end_of, process_facts, settle_in, wait_until_gone
 from parallelism.registry import load
 
@@ -53,16 +55,18 @@ class TaskFailed(ValueError):
 class TaskProcess:
     """One worker, in a process of its own."""
 
-    def __init__(self, number: int, log: str, place: str) -> None:
+    def __init__(self, number: int, log: str, place: str, versions: dict[str, str]) -> None:
         settle_in(log, place)
         self._number = number
+        self._versions = versions
 
     def facts(self) -> RankFacts:
         """Where this worker lives."""
         return process_facts(self._number)
 
     def run(self, function: str, arguments: dict[str, Any]) -> Any:
-        """``function(**arguments)``."""
+        """``function(**arguments)``. Raises ``VersionsDiffer`` on a node that has others than the coordinator's."""
+        check_versions(self._versions, f"node {socket.gethostname()}")
         return load(function)(**arguments)
 
 
@@ -199,7 +203,7 @@ class Pool:
             max_restarts=0,
             max_task_retries=0,
         )
-        worker.actor = process.remote(worker.number, str(worker.log), self._journal.location)
+        worker.actor = process.remote(worker.number, str(worker.log), self._journal.location, versions_here())
         worker.pending_facts = worker.actor.facts.remote()
 
     def _collect(self, done: Done) -> list[Task]:

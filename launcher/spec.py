@@ -23,6 +23,7 @@ from compression.results import ExportFormat
 from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.slurm_options import SlurmOptions
 from launcher.problems import Problem, SpecError, of_validation, of_yaml
+from launcher.rank_environment import RankEnvironment
 from parallelism.budget import Budget
 from parallelism.data.config import DataConfig
 from parallelism.layout import Layout
@@ -83,6 +84,9 @@ class ExecutionConfig(Options):
     max_restarts: NonNegativeInt = Field(default=3, description="consecutive restarts without a new checkpoint")
     checkpoint_every: CheckpointPolicy = CheckpointPolicy(seconds=60)
     price_per_device_hour: NonNegativeFloat = 0.0
+    environment: RankEnvironment = Field(
+        default={}, description="variables of the ranks, such as NCCL_SOCKET_IFNAME: network settings of gloo and NCCL"
+    )
     slurm: SlurmOptions | None = Field(default=None, description="what the back-end slurm asks for")
     kubernetes: KubernetesOptions | None = Field(default=None, description="what the back-end kubernetes asks for")
     stall_seconds: float = Field(

@@ -11,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
 from launcher.reservation import Bundle, Reservation
 from launcher.told import ToldSteps
+from launcher.versions import check_versions, versions_here
 from parallelism import places
 from parallelism.registry import load
 from parallelism.stop import StopReason, StopRequest
@@ -71,6 +72,8 @@ class GroupShape:
     tensor: int
     threads: int
     gpus: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the ranks, over those of their nodes."""
 
     def bundles(self) -> list[Bundle]:
         """What each tensor-parallel group needs."""
@@ -83,9 +86,10 @@ class GroupShape:
 class RankProcess:
     """One rank, in a process of its own."""
 
-    def __init__(self, rank: int, log: str, place: str) -> None:
+    def __init__(self, rank: int, log: str, place: str, versions: dict[str, str]) -> None:
         settle_in(log, place)
         self._rank = rank
+        self._versions = versions
         self._stop = StopRequest()
         self._reports: list[Report] = []
         self._lock = threading.Lock()
@@ -93,7 +97,8 @@ class RankProcess:
         self._told = ToldSteps(Path(log))
 
     def facts(self) -> RankFacts:
-        """Where this rank lives."""
+        """Where this rank lives. Raises ``VersionsDiffer`` on a node that has others than the coordinator's."""
+        check_versions(self._versions, f"node {socket.gethostname()}")
         return process_facts(self._rank)
 
     def warm_up(self, modules: list[str]) -> None:
@@ -176,6 +181,11 @@ def settle_in(log: str, place: str) -> None:
     show_life(Path(log))
 
 
+def environment_option(variables: Mapping[str, str]) -> dict[str, Any]:
+    """What Ray is told of an actor's variables: nothing for none, which lets it take a process that is ready."""
+    return {"runtime_env": {"env_vars": dict(variables)}} if variables else {}
+
+
 def send_output_to(log: Path) -> None:
     """Everything this process prints, tracebacks of crashes included, goes into the journal's log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +250,7 @@ class WorkerGroup:
         """Create the actors on the reserved devices."""
         for rank in range(self.shape.world_size):
             actor = ray.remote(RankProcess).options(
+                **environment_option(self.shape.environment),
                 num_cpus=self.shape.threads,
                 num_gpus=1 if self.shape.gpus else 0,
                 scheduling_strategy=self.reservation.place(rank // self.shape.tensor),
@@ -247,7 +258,7 @@ class WorkerGroup:
                 max_restarts=0,
                 max_task_retries=0,
             )
-            self._actors.append(actor.remote(rank, str(self._log(rank)), self._place))
+            self._actors.append(actor.remote(rank, str(self._log(rank)), self._place, versions_here()))
         self._pending_facts = [actor.facts.remote() for actor in self._actors]
         modules = [self._function, *([CONNECT, HOST_STORE] if self._connected else [])]
         self._pending_imports = [actor.warm_up.remote(modules) for actor in self._actors]

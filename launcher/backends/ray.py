@@ -7,6 +7,7 @@ and the cluster refuses an id twice, so that a job is not submitted twice either
 import shlex
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class RayBackend:
         """Have the cluster run the coordinator. Raises ``ValueError`` where it refuses, ``BackendUnavailable``."""
         profile = _profile(journal)
         jobs = JobsApi(profile.address, profile.token_file)
+        _check_ray(profile.address, jobs.ray_version())
         submission = _new_id(journal, jobs)
         stop_file = journal.cluster_dir / f"{STOP}.{submission}"
         environment = {**profile.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(self._stop_wait_seconds)}
@@ -123,6 +125,10 @@ class JobsApi:
         """Start a job. Raises ``ValueError`` with the cluster's words where it is refused."""
         self._call("POST", "", document)
 
+    def ray_version(self) -> str:
+        """Of the cluster."""
+        return str(self._answer("GET", "/api/version").json()["ray_version"])
+
     def list(self) -> list[dict[str, Any]]:
         """All jobs that were submitted and that the cluster remembers."""
         rows: list[dict[str, Any]] = self._call("GET", "").json()
@@ -145,10 +151,15 @@ class JobsApi:
     def _call(
         self, method: str, path: str, document: Mapping[str, Any] | None = None, *, missing_is_fine: bool = False
     ) -> httpx2.Response:
+        return self._answer(method, f"/api/jobs/{path}", document, missing_is_fine=missing_is_fine)
+
+    def _answer(
+        self, method: str, path: str, document: Mapping[str, Any] | None = None, *, missing_is_fine: bool = False
+    ) -> httpx2.Response:
         try:
             answer = httpx2.request(
                 method,
-                f"{self._address}/api/jobs/{path}",
+                f"{self._address}{path}",
                 json=document,
                 headers=self._headers(),
                 timeout=ANSWER_SECONDS,
@@ -173,6 +184,14 @@ class JobsApi:
         if self._token_file is None:
             return {}
         return {"Authorization": f"Bearer {self._token_file.read_text(encoding='ascii').strip()}"}
+
+
+def _check_ray(address: str, found: str) -> None:
+    here = version("ray")
+    if found != here:
+        raise ValueError(
+            f"the Ray cluster at {address} has Ray {found}, and this side has {here}: install the same on both sides"
+        )
 
 
 def submission_id(job_id: str, epoch: int, attempt: int = 1) -> str:

@@ -92,7 +92,7 @@ def candidate_run(job: JobContext, plan: RunPlan) -> CandidateRun:
     return CandidateRun(
         job.journal,
         plan.name,
-        GroupShape(plan.layout.world_size, plan.layout.tensor, job.room.threads, job.room.gpus),
+        GroupShape(plan.layout.world_size, plan.layout.tensor, job.room.threads, job.room.gpus, execution.environment),
         partial(training_task, job, plan),
         max_restarts=execution.max_restarts,
         stall_seconds=execution.stall_seconds,

@@ -12,6 +12,7 @@ from launcher.backends.local import LocalBackend
 from launcher.jobs import NO_TRACKING, rest_job
 from launcher.processes import end_processes
 from launcher.states import RESTING, JobState
+from launcher.versions import note_dispatch
 from services.dispatcher.deliveries import Deliveries
 from services.dispatcher.feeders import Feeders
 from services.dispatcher.leader import Leader
@@ -237,7 +238,10 @@ class Dispatcher:
         backend = self._backend(watched)
         hand_over(watched.journal, row)
         try:
-            handle = backend.find(watched.journal) or backend.submit(watched.journal)
+            handle = backend.find(watched.journal)
+            if handle is None:
+                note_dispatch(watched.journal)
+                handle = backend.submit(watched.journal)
         except BackendUnavailable as error:
             log.warning("job %s: %s", row.id, error)
             self._jobs.note(row.id, lease, not_before=time.time() + RESTING_POLL_SECONDS)

@@ -1,11 +1,13 @@
 """Reading job files: what is accepted, and that every fault is said with its place."""
 
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from launcher.problems import SpecError
-from launcher.spec import JobSpec, load_spec, parse_spec
+from launcher.spec import ExecutionConfig, JobSpec, load_spec, parse_spec
 from tests.launcher.made import spec_document
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,3 +121,19 @@ def test_long_values_are_cut() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(spec_document(seed="9x" * 500))
     assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("LD_PRELOAD", "/tmp/mine.so", "LD_PRELOAD may not be set by a job"),
+        ("NCCL_NET_PLUGIN", "mine", "NCCL_NET_PLUGIN may not be set by a job"),
+        ("NCCL_SOCKET_IFNAMES", "ib0", "NCCL_SOCKET_IFNAME"),
+        ("NCCL_SOCKET_IFNAME", "$(reboot)", "is no value for it"),
+        ("NCCL_IB_HCA", "", "is no value for it"),
+    ],
+)
+def test_variables_of_ranks_are_network_settings_only(name: str, value: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        ExecutionConfig(environment={name: value})
+    assert ExecutionConfig(environment={"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1"}).environment["NCCL_IB_HCA"][0] == "="

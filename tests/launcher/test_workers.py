@@ -10,9 +10,10 @@ import psutil
 import pytest
 import ray
 
-from launcher.policy import Cause, root_cause
+from launcher import workers
+from launcher.policy import HOPELESS, Cause, root_cause
 from launcher.session import Room
-from launcher.workers import GroupShape, Report, WorkerGroup, wait_until_gone
+from launcher.workers import GroupShape, RankEnded, Report, WorkerGroup, wait_until_gone
 
 Make = Callable[..., WorkerGroup]
 
@@ -192,3 +193,18 @@ def test_output_of_a_rank_lands_in_its_log(make: Make, tmp_path: Path) -> None:
     _launch(group, {})
     _until_finished(group)
     assert (tmp_path / "rank0.log").read_text().splitlines() == ["to stdout", "to stderr"]
+
+
+def test_the_jobs_variables_reach_its_ranks(make: Make) -> None:
+    group = make(GroupShape(2, tensor=2, threads=1, environment={"NCCL_SOCKET_IFNAME": "ib0"}), "variable")
+    _launch(group, {"name": "NCCL_SOCKET_IFNAME"})
+    _until_finished(group)
+    assert group.results() == ["ib0", "ib0"]
+
+
+def test_a_node_of_another_version_ends_the_group_for_good(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "versions_here", lambda: {"espalier": "9.9"})
+    group = make(GroupShape(1, tensor=1, threads=1), "count")
+    with pytest.raises(RankEnded, match="the job was dispatched with 9.9") as told:
+        _bring_up(group)
+    assert told.value.end.cause in HOPELESS

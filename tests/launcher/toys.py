@@ -36,6 +36,11 @@ def add_up(task: dict[str, Any], report: Say, stop: StopRequest) -> float:
     return float(total) * task["factor"] + torch.get_num_threads() / 1000
 
 
+def variable(task: dict[str, Any], report: Say, stop: StopRequest) -> str | None:
+    """What an environment variable holds."""
+    return os.environ.get(task["name"])
+
+
 def fail(task: dict[str, Any], report: Say, stop: StopRequest) -> None:
     """The rank in process ``task["pid"]`` raises; the others work on."""
     if os.getpid() == task["pid"]:
