@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import jobs, versions
+from launcher import versions
 from launcher.backends import ray as ray_backend
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, create_job, run_job
@@ -27,9 +27,8 @@ def test_every_difference_is_named_with_what_to_do() -> None:
     with pytest.raises(VersionsDiffer) as told:
         check_versions({"espalier": "9.9", "python": versions_here()["python"], "ray": "1.0"}, "node n1")
     text = str(told.value)
-    assert text.startswith(
-        f"node n1 has espalier {versions_here()['espalier']} (the job was dispatched with 9.9), ray "
-    )
+    mine = versions_here()["espalier"]
+    assert text.startswith(f"node n1 has espalier {mine} (the job was dispatched with 9.9), ray ")
     assert "python" not in text.partition(":")[0]
     assert "install the same on both sides" in text
 
@@ -49,12 +48,9 @@ def test_a_coordinator_of_another_version_refuses_the_job(tmp_path: Path, monkey
     view = journal.view()
     assert "(the job was dispatched with 9.9)" in view.error
     assert view.epoch == 1  # not tried again
-    monkeypatch.undo()
-    assert jobs.note_dispatch is note_dispatch
-    assert run_job(home, journal.job_id, LocalBackend(TOY)) is JobState.SUCCEEDED
 
 
 def test_a_cluster_with_another_ray_is_refused_before_the_job_is_submitted() -> None:
     ray_backend._check_ray("http://head:8265", versions_here()["ray"])
-    with pytest.raises(ValueError, match="http://head:8265 has Ray 1.0, and this side has"):
+    with pytest.raises(ValueError, match=r"http://head:8265 has Ray 1\.0, and this side has"):
         ray_backend._check_ray("http://head:8265", "1.0")
