@@ -47,7 +47,7 @@ test-slurm: $(STAMP)
 test-compose: $(STAMP)
 	command -v dockerd && command -v docker-compose && command -v debootstrap && command -v iptables && command -v npm || \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-			docker.io docker-compose debootstrap iptables $$(command -v npm > /dev/null || echo npm); }
+			docker.io docker-compose debootstrap iptables ca-certificates $$(command -v npm > /dev/null || echo npm); }
 	$(BIN)/python -m pytest tests/compose -m compose
 
 lint: $(STAMP)
