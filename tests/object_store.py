@@ -62,6 +62,7 @@ class ObjectStore:
         command += [f"-volume.port={volume}", f"-volume.port.grpc={inner[1]}", "-volume.max=40"]
         command += ["-filer", f"-filer.port={filer}", f"-filer.port.grpc={inner[2]}"]
         command += ["-s3", f"-s3.port={s3}", f"-s3.port.grpc={inner[3]}", f"-s3.config={self.folder}/s3.json"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # at the same ports for everybody otherwise
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -1,9 +1,7 @@
 """Whole jobs whose journals are in a real S3 server, which is killed and started again while they run."""
 
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +9,18 @@ import pytest
 
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, collect_garbage, create_job, list_jobs, run_job
-from launcher.journal import Journal, StaleEpochError, open_journal
+from launcher.journal import StaleEpochError, open_journal
 from launcher.problems import SpecError
-from launcher.result import result_document
-from launcher.spec import JobSpec
 from launcher.states import JobState
 from launcher.validate import check
 from parallelism import places
 from services.submission import make_request
-from tests.finished import STEPS, small_job
+from tests.finished import STEPS
 from tests.launcher.faults import FaultPlan
-from tests.launcher.fingerprint import fingerprint, tensors_checksum
+from tests.launcher.outages import Outages, brought, spec_of, steps_told
 from tests.object_store import ObjectStore, forgetful_store, object_store
 
 FAULTY = "tests.launcher.faulty_coordinator"
-JOB_SECONDS = 600.0
-AWAY_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +28,6 @@ def store() -> Iterator[ObjectStore]:
     """Up before each test."""
     with object_store() as found:
         yield found
-
-
-def spec_of(folder: Path, **execution: Any) -> JobSpec:
-    """Two candidates, one of them tensor-parallel, a checkpoint every five steps."""
-    document = small_job(folder / "text")
-    document["execution"] |= {"checkpoint_every": {"steps": 5}, **execution}
-    return JobSpec.model_validate(document)
-
-
-def brought(journal: Journal) -> dict[str, Any]:
-    """What a job has to have brought, whatever happened to it and wherever it lies."""
-    result = result_document(journal)
-    found: dict[str, Any] = {}
-    for row in result["candidates"]:
-        found[row["name"]] = {name: row[name] for name in ("steps", "tokens", "flops", "train_loss", "validation_loss")}
-        found[row["name"]]["state"] = fingerprint(places.need(journal.local(row["checkpoint"])))
-    for row in result["variants"]:
-        found[row["name"]] = (tensors_checksum(journal.local(row["path"])), row["quality"], row["on_frontier"])
-    return found
-
-
-def steps_told(journal: Journal, candidate: str) -> list[int]:
-    """Numbers of the steps that the journal tells of, without those that a restart has undone."""
-    told: list[int] = []
-    for event in journal.events():
-        if event["kind"] == "train.step" and event["candidate"] == candidate:
-            for row in event["steps"]:
-                told = [step for step in told if step < row["step"]] + [row["step"]]
-    return told
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +38,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     journal = create_job(spec_of(folder), home)
     assert run_job(home, journal.job_id, LocalBackend()) is JobState.SUCCEEDED
     return brought(journal)
-
-
-class Outages(threading.Thread):
-    """Kills the store at the given steps of a candidate, and brings it up again after a while."""
-
-    def __init__(self, store: ObjectStore, journal: Journal, steps: list[int]) -> None:
-        super().__init__(daemon=True)
-        self._store, self._journal, self._steps = store, Journal(journal.directory), steps
-        self.at: list[int] = []
-
-    def run(self) -> None:
-        for step in self._steps:
-            if not self._until(lambda wanted=step: self._step() >= wanted):
-                return
-            self._store.kill()
-            self.at.append(self._step_known)
-            time.sleep(AWAY_SECONDS)
-            self._store.start()
-
-    def _step(self) -> int:
-        self._step_known = int(self._journal.view().candidate("large").latest.get("step", 0))
-        return self._step_known
-
-    def _until(self, reached: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + JOB_SECONDS
-        while not reached():
-            if time.monotonic() > deadline or self._journal.view().candidate("large").result:
-                return False
-            time.sleep(0.1)
-        return True
 
 
 def test_a_job_survives_a_store_that_is_killed_twice_while_it_trains(
