@@ -21,8 +21,8 @@ NETWORK = "198.18.{}"
 """A range set aside for measurements between devices (RFC 2544); nothing real is there."""
 FIRST = 11
 NAMESPACES = Path("/run/netns")
-ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
-"""Name, file of all machines' addresses, and a command."""
+ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && { test -z "$2" || mount -t tmpfs own "$2"; } && shift 2 && exec "$@"'
+"""Name, file of all machines' addresses, a folder with a file system of its own or nothing, and a command."""
 GONE_SECONDS = 30.0
 
 
@@ -34,12 +34,19 @@ class Machine:
     namespace: str
     address: str
     hosts: Path
+    private: Path | None = None
+    """A folder in which each command, and what it starts, finds nothing but its own files."""
 
     def command(self, *command: str) -> list[str]:
         """What runs a command there, as the same process."""
         # Not ``ip netns exec``, which hides the control groups.
         into = ["nsenter", f"--net={NAMESPACES / self.namespace}", "unshare", "--uts", "--mount"]
-        return [*into, "sh", "-c", ENTER, self.name, str(self.hosts), *command]
+        return [*into, "sh", "-c", ENTER, self.name, str(self.hosts), str(self.private or ""), *command]
+
+    @property
+    def outside(self) -> str:
+        """The address of the machine that all of this runs on."""
+        return f"{self.address.rpartition('.')[0]}.1"
 
     def processes(self) -> list[int]:
         """Ids of all processes there."""
@@ -60,7 +67,7 @@ class Machine:
 
 
 @contextmanager
-def machines(*names: str) -> Iterator[list[Machine]]:
+def machines(*names: str, private: Path | None = None) -> Iterator[list[Machine]]:
     """So many machines inside the block; what still runs on them at its end is killed."""
     with ExitStack() as stack:
         number, switch = _switch(stack)
@@ -70,7 +77,9 @@ def machines(*names: str) -> Iterator[list[Machine]]:
         _ip("link", "set", switch, "up")
         _plug(switch, "outside")
         hosts = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="esp-hosts-"))) / "hosts"
-        found = [Machine(name, f"{switch}-{name}", f"{network}.{FIRST + i}", hosts) for i, name in enumerate(names)]
+        found = [
+            Machine(name, f"{switch}-{name}", f"{network}.{FIRST + i}", hosts, private) for i, name in enumerate(names)
+        ]
         lines = ["127.0.0.1 localhost", *(f"{machine.address} {machine.name}" for machine in found)]
         hosts.write_text("\n".join(lines) + "\n", encoding="ascii")
         for machine in found:

@@ -31,12 +31,13 @@ class ObjectStore:
 
     folder: Path
     ports: list[int]
+    host: str = "127.0.0.1"
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
     def endpoint(self) -> str:
         """Where it answers."""
-        return f"http://127.0.0.1:{self.ports[0]}"
+        return f"http://{self.host}:{self.ports[0]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,7 +57,7 @@ class ObjectStore:
         """Bring it up with the objects it had."""
         s3, master, volume, filer, *inner = self.ports
         command = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server"]
-        command += [f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command += [f"-dir={self.folder}/data", f"-ip={self.host}", f"-ip.bind={self.host}"]
         command += [f"-master.port={master}", f"-master.port.grpc={inner[0]}", "-master.volumeSizeLimitMB=256"]
         command += ["-master.telemetry=false"]
         command += [f"-volume.port={volume}", f"-volume.port.grpc={inner[1]}", "-volume.max=40"]
@@ -118,8 +119,8 @@ class ObjectStore:
 
 
 @contextmanager
-def object_store() -> Iterator[ObjectStore]:
-    """Up inside the block, for clients in this process and its children."""
+def object_store(host: str = "127.0.0.1") -> Iterator[ObjectStore]:
+    """Up inside the block, for clients in this process and its children. ``host``: an address of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="esp-s3-", dir="/tmp"))
     (folder / "data").mkdir()
     identity = {
@@ -128,7 +129,7 @@ def object_store() -> Iterator[ObjectStore]:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-    store = ObjectStore(folder, free_ports(8))
+    store = ObjectStore(folder, free_ports(8), host)
     try:
         store.start()
         with mock.patch.dict(os.environ, store.environment):

@@ -6,6 +6,7 @@ from typing import Any
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.spec import JobSpec
+from parallelism import places
 from tests.finished import BATCH, LENGTH, small_job
 from tests.launcher.fingerprint import fingerprint, tensors_checksum
 
@@ -54,9 +55,16 @@ def row_of(journal: Journal) -> dict[str, Any]:
 
 def hashes(journal: Journal) -> dict[str, str]:
     """SHA-256 of every tensor of the final checkpoint, of random states, and of every variant's tensors."""
-    found = {_kind(key): value for key, value in fingerprint(row_of(journal)["checkpoint"]).items()}
+    found = {_kind(key): value for key, value in fingerprint(_here(journal, row_of(journal)["checkpoint"])).items()}
     variants = result_document(journal)["variants"]
-    return found | {f"variant {row['name']}": tensors_checksum(row["path"]) for row in variants if row["path"]}
+    return found | {
+        f"variant {row['name']}": tensors_checksum(_here(journal, row["path"])) for row in variants if row["path"]
+    }
+
+
+def _here(journal: Journal, shown: str) -> Path:
+    """What the result names, on this machine."""
+    return places.need(journal.local(shown))
 
 
 def _kind(key: str) -> str:

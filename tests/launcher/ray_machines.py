@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,20 +109,26 @@ class RayMachines:
 
 @contextmanager
 def ray_machines(
-    names: Sequence[str], head_cpus: int = CPUS, environment: dict[str, str] | None = None
+    names: Sequence[str],
+    head_cpus: int = CPUS,
+    environment: dict[str, str] | None = None,
+    found: list[Machine] | None = None,
 ) -> Iterator[RayMachines]:
-    """Up inside the block; it asks for a token. ``environment``: what its servers are told besides."""
+    """Up inside the block; it asks for a token. ``environment``: what its servers are told besides.
+
+    ``found``: machines that are there already, with these names.
+    """
     folder = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
     try:
         (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
-        with machines(*names) as found:
-            cluster = RayMachines(folder, found, head_cpus, environment or {})
+        with machines(*names) if found is None else nullcontext(found) as ready:
+            cluster = RayMachines(folder, ready, head_cpus, environment or {})
             try:
-                cluster.bring_up(*found)
+                cluster.bring_up(*ready)
                 cluster.await_jobs()
                 yield cluster
             finally:
-                for machine in [one for one in found if one.name in cluster.processes]:
+                for machine in [one for one in ready if one.name in cluster.processes]:
                     cluster.kill(machine)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return brought(journal)
 
 
+@pytest.mark.campaign
 def test_a_job_survives_a_store_that_is_killed_twice_while_it_trains(
     store: ObjectStore, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

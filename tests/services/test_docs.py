@@ -14,6 +14,7 @@ from typer.main import get_command
 from launcher.spec import load_spec
 from services.cli import app
 from services.client import Client
+from services.settings import load_settings
 from tests.finished import RUN_SECONDS, FinishedJob, espalier
 from tests.services.conftest import Done
 from tests.services.running import ROOT
@@ -86,6 +87,19 @@ def test_shortest_job_file_of_the_docs_is_valid(tmp_path: Path) -> None:
     for block in blocks:
         (tmp_path / "job.yaml").write_text(block, encoding="utf-8")
         load_spec(tmp_path / "job.yaml")
+
+
+def test_documented_settings_are_accepted(tmp_path: Path) -> None:
+    found = [
+        block
+        for page in PAGES
+        for block in re.findall(r"```yaml service\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    ]
+    assert found
+    for block in found:
+        (tmp_path / "service.yaml").write_text(block, encoding="utf-8")
+        kept = yaml.safe_load(block)
+        assert load_settings(tmp_path).model_dump(mode="json", include=set(kept)) == kept
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
