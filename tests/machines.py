@@ -21,7 +21,13 @@ NETWORK = "198.18.{}"
 """A range set aside for measurements between devices (RFC 2544); nothing real is there."""
 FIRST = 11
 NAMESPACES = Path("/run/netns")
-ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && { test -z "$2" || mount -t tmpfs own "$2"; } && shift 2 && exec "$@"'
+ENTER = """set -e
+hostname "$0"
+mount --bind "$1" /etc/hosts
+test -z "$2" || mount -t tmpfs own "$2"
+shift 2
+exec "$@"
+"""
 """Name, file of all machines' addresses, a folder with a file system of its own or nothing, and a command."""
 GONE_SECONDS = 30.0
 
