@@ -38,9 +38,9 @@ test-nvme: $(STAMP)
 # Jobs on a real Slurm of two nodes, which are network namespaces of this machine; needs root, for them, for the daemons,
 # and to install these (Debian).
 test-slurm: $(STAMP)
-	command -v munged && command -v slurmd && command -v slurmctld && command -v ip || \
+	command -v munged && command -v slurmd && command -v slurmctld && command -v slurmrestd && command -v ip || \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-			slurm-wlm munge iproute2; }
+			slurm-wlm munge slurmrestd slurm-wlm-jwt-plugin iproute2; }
 	$(BIN)/python -m pytest tests/slurm -m slurm
 
 # docker-compose.yml on a Docker engine of the tests' own; needs root, for the engine and to install it (Debian).

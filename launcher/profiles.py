@@ -34,8 +34,18 @@ class Container(Options):
     mounts: list[str] = Field(default=[], description="SOURCE:TARGET[:ro]; the home has to be among them")
 
 
+class SlurmRest(Options):
+    """slurmrestd instead of Slurm's commands, for machines that have none."""
+
+    url: str = Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$", description="http://HOST:6820")
+    user: str = Field(min_length=1, description="whose jobs they are, and whose token it is")
+    token_file: Path = Field(description="holds a token of auth/jwt (scontrol token), which may be renewed there")
+
+
 class SlurmProfile(Options):
-    """What a batch script holds besides what its job asks for."""
+    """What a batch script holds besides what its job asks for, and how it is submitted."""
+
+    rest: SlurmRest | None = Field(default=None, description="default: sbatch, squeue and scancel")
 
     python: str | None = Field(default=None, description="on the nodes; default: the one that submits")
     container: Container | None = None

@@ -14,11 +14,12 @@ from pathlib import Path
 from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Phase
 from launcher.backends.local import tail, working_directory
 from launcher.backends.slurm_options import SlurmOptions
-from launcher.backends.slurm_queue import ENDED, Queue, QueuedJob
+from launcher.backends.slurm_queue import ENDED, JobQueue, Queue, QueuedJob
+from launcher.backends.slurm_rest import RestQueue
 from launcher.backends.slurm_script import SlurmJob, job_name, render
 from launcher.environment import python_path, shared_cluster
 from launcher.journal import Journal
-from launcher.profiles import home_of, profile_named
+from launcher.profiles import SlurmRest, home_of, profile_named
 from launcher.spec import JobSpec
 
 SCRIPT, TOKEN, STOP = "slurm.sh", "token", "stop"
@@ -33,7 +34,8 @@ class SlurmBackend:
 
     def __init__(self, module: str = "launcher.coordinator", fresh_seconds: float = 5.0) -> None:
         self._module = module
-        self._queue = Queue(fresh_seconds)
+        self._fresh_seconds = fresh_seconds
+        self._queues: dict[str, JobQueue] = {}
         self._last: dict[int, BackendStatus] = {}
         self._killed: set[int] = set()
 
@@ -47,21 +49,23 @@ class SlurmBackend:
         assert job.log == log
         script = folder / SCRIPT
         script.write_text(render_job(spec, home_of(journal), job), encoding="utf-8")
-        return {"slurm_job": self._queue.submit(script), "job": journal.job_id}
+        rest = _rest(journal)
+        return _handle(self._queue(rest).submit(script), journal, rest)
 
     def find(self, journal: Journal) -> Handle | None:
         """The submission of this job that has not ended, by its name and its log. Raises ``BackendUnavailable``."""
         name, log = job_name(journal.job_id), str(journal.log_path("coordinator"))
-        for job in self._queue.jobs(fresh=True):
+        rest = _rest(journal)
+        for job in self._queue(rest).jobs(fresh=True):
             if job.name == name and job.state not in ENDED and job.output in ("", log):
-                return {"slurm_job": job.number, "job": journal.job_id}
+                return _handle(job.number, journal, rest)
         return None
 
     def status(self, handle: Handle) -> BackendStatus:
         """Where the submission stands; while Slurm does not answer, where it stood."""
         number = handle["slurm_job"]
         try:
-            self._last[number] = _status(number, self._queue.job(number))
+            self._last[number] = _status(number, self._queue_of(handle).job(number))
         except BackendUnavailable as error:
             known = self._last.get(number) or BackendStatus(Phase.WAITING)
             return BackendStatus(known.phase, str(error), known.exit_code, time.time())
@@ -72,18 +76,29 @@ class SlurmBackend:
 
     def stop(self, handle: Handle, grace_seconds: float) -> None:
         """Have the script ask for checkpoints; after the grace period Slurm ends what is left."""
-        number = handle["slurm_job"]
+        number, queue = handle["slurm_job"], self._queue_of(handle)
         deadline = time.monotonic() + grace_seconds
-        if grace_seconds > 0 and _runs(self._queue.job(number, fresh=True)):
-            self._queue.signal_script(number, "TERM")
-            while time.monotonic() < deadline and _runs(self._queue.job(number, fresh=True)):
+        job = queue.job(number, fresh=True)
+        if grace_seconds > 0 and job is not None and _runs(job):
+            queue.ask_to_end(job, Path(handle.get("stop_file") or STOP))
+            while time.monotonic() < deadline and _runs(queue.job(number, fresh=True)):
                 time.sleep(0.5)
-        if _open(self._queue.job(number, fresh=True)):
+        if _open(queue.job(number, fresh=True)):
             self._killed.add(number)
-            self._queue.kill(number)
+            queue.kill(number)
         deadline = time.monotonic() + GONE_SECONDS
-        while _open(self._queue.job(number, fresh=True)) and time.monotonic() < deadline:
+        while _open(queue.job(number, fresh=True)) and time.monotonic() < deadline:
             time.sleep(0.2)
+
+    def _queue(self, rest: SlurmRest | None) -> JobQueue:
+        key = rest.model_dump_json() if rest else ""
+        if key not in self._queues:
+            self._queues[key] = RestQueue(rest, self._fresh_seconds) if rest else Queue(self._fresh_seconds)
+        return self._queues[key]
+
+    def _queue_of(self, handle: Handle) -> JobQueue:
+        rest = handle.get("rest")
+        return self._queue(SlurmRest.model_validate(rest) if rest else None)
 
     def logs(self, handle: Handle, journal: Journal, lines: int = 50) -> str:
         """The end of what the script, Ray's nodes and the coordinator wrote."""
@@ -116,6 +131,19 @@ def render_job(spec: JobSpec, home: Path, job: SlurmJob) -> str:
     if profile.python or profile.container:  # what runs there was installed by the operator
         job = replace(job, python=profile.python or "python", python_path="")
     return render(job, options, profile)
+
+
+def _rest(journal: Journal) -> SlurmRest | None:
+    return profile_named(home_of(journal), journal.spec().execution.profile).slurm.rest
+
+
+def _handle(number: int, journal: Journal, rest: SlurmRest | None) -> Handle:
+    return {
+        "slurm_job": number,
+        "job": journal.job_id,
+        "stop_file": str(journal.cluster_dir / STOP),
+        "rest": rest.model_dump(mode="json") if rest else None,
+    }
 
 
 def write_token(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Slurm's commands, and what they say of a job in this project's words. Torch-free."""
+"""Slurm's queue and commands, and what they say of a job in this project's words. Torch-free."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,12 @@ def _exit_code(wait_status: int | None) -> int | None:
 
 def read_queue(answer: str) -> list[QueuedJob]:
     """The jobs in the answer of ``squeue --json``, of any version since 22.05. Raises ``ValueError``."""
-    return [_read_job(row) for row in json.loads(answer)["jobs"]]
+    return read_jobs(json.loads(answer)["jobs"])
+
+
+def read_jobs(rows: Sequence[Mapping[str, Any]]) -> list[QueuedJob]:
+    """The same of the rows themselves, which slurmrestd has in the same form."""
+    return [_read_job(row) for row in rows]
 
 
 def _read_job(row: Mapping[str, Any]) -> QueuedJob:
@@ -132,8 +138,8 @@ def _read_exit(value: Any) -> int | None:
     return number if number else _number(value.get("return_code")) << 8
 
 
-class Queue:
-    """Slurm, through its commands. One look at the queue serves all jobs for ``fresh_seconds``. Thread-safe."""
+class JobQueue(ABC):
+    """Slurm, through whatever reaches it. One look at the queue serves all jobs for ``fresh_seconds``. Thread-safe."""
 
     def __init__(self, fresh_seconds: float = 5.0) -> None:
         self._fresh_seconds = fresh_seconds
@@ -141,19 +147,30 @@ class Queue:
         self._seen: list[QueuedJob] = []
         self._seen_at = float("-inf")
 
+    @abstractmethod
     def submit(self, script: Path) -> int:
         """The number of the new job. Raises :class:`SlurmRefused` and :class:`BackendUnavailable`."""
-        # Variables SBATCH_… of whoever submits would take precedence over the script.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
-        answer = _call(["sbatch", "--parsable", str(script)], environment)
-        self.forget()
-        return int(answer.strip().partition(";")[0])
+
+    @abstractmethod
+    def ask_to_end(self, job: QueuedJob, stop_file: Path) -> None:
+        """Have the script ask for checkpoints, and end. Raises ``BackendUnavailable``.
+
+        ``stop_file``: the path whose continuation by the life's number does so, too.
+        """
+
+    @abstractmethod
+    def kill(self, number: int) -> None:
+        """End everything of a job at once. Raises ``BackendUnavailable``."""
+
+    @abstractmethod
+    def _look(self) -> list[QueuedJob]:
+        """All jobs that Slurm still knows. Raises ``BackendUnavailable``."""
 
     def jobs(self, fresh: bool = False) -> list[QueuedJob]:
         """All jobs that Slurm still knows, those that have ended lately among them. Raises ``BackendUnavailable``."""
         with self._lock:
             if fresh or time.monotonic() > self._seen_at + self._fresh_seconds:
-                self._seen = read_queue(_call(["squeue", "--json", "--me", "--states=all"]))
+                self._seen = self._look()
                 self._seen_at = time.monotonic()
             return self._seen
 
@@ -166,9 +183,24 @@ class Queue:
         with self._lock:
             self._seen_at = float("-inf")
 
-    def signal_script(self, number: int, name: str) -> None:
-        """Send a signal to the batch script alone. Raises ``BackendUnavailable``."""
-        self._cancel(["--batch", f"--signal={name}", str(number)])
+
+class Queue(JobQueue):
+    """Slurm, through its commands."""
+
+    def submit(self, script: Path) -> int:
+        """The number of the new job. Raises :class:`SlurmRefused` and :class:`BackendUnavailable`."""
+        # Variables SBATCH_… of whoever submits would take precedence over the script.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+        answer = _call(["sbatch", "--parsable", str(script)], environment)
+        self.forget()
+        return int(answer.strip().partition(";")[0])
+
+    def _look(self) -> list[QueuedJob]:
+        return read_queue(_call(["squeue", "--json", "--me", "--states=all"]))
+
+    def ask_to_end(self, job: QueuedJob, stop_file: Path) -> None:
+        """By a signal to the batch script alone. Raises ``BackendUnavailable``."""
+        self._cancel(["--batch", "--signal=TERM", str(job.number)])
 
     def kill(self, number: int) -> None:
         """End everything of a job at once. Raises ``BackendUnavailable``."""

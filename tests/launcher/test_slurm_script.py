@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from launcher.backends.base import Phase
 from launcher.backends.slurm import home_of, render_job, slurm_job, write_token
 from launcher.backends.slurm_options import SlurmOptions
-from launcher.backends.slurm_queue import QueuedJob, read_queue
+from launcher.backends.slurm_queue import QueuedJob, SlurmRefused, read_queue
+from launcher.backends.slurm_rest import properties_of
 from launcher.backends.slurm_script import SlurmJob, job_name, render
 from launcher.cluster import GIBI
 from launcher.clusters import cluster_of, placement_problems
@@ -223,3 +224,38 @@ def test_an_unknown_reason_is_shown_as_it_is() -> None:
     job = QueuedJob(7, "x", "PENDING", "SomethingNew", None, 0.0, 0, "")
     assert job.status().reason == "Slurm job 7 is PENDING: SomethingNew"
     assert replace(job, reason="None").status().reason == "Slurm job 7 is PENDING"
+
+
+def test_what_the_script_asks_for_is_said_in_slurmrestd_s_words() -> None:
+    script = render(JOB, ASKED, OPERATORS)
+    found = properties_of(script, {"HOME": "/home/anna", "AWS_PROFILE": "lab", "SECRET": "x"})
+    assert found == {
+        "name": "espalier-tiny-3fa9c1",
+        "nodes": [4, 4],
+        "tasks_per_node": 1,
+        "cpus_per_task": 32,
+        "gpus_per_node": "8",
+        "memory_per_node": 921600,
+        "partition": "gpu",
+        "account": "lm-42",
+        "qos": "long",
+        "time_limit": 36 * 60,
+        "constraints": "a100&ib",
+        "current_working_directory": "/shared/anna's files",
+        "standard_output": "/shared/home/jobs/tiny-3fa9c1/logs/coordinator.log",
+        "open_mode": "append",
+        "environment": {"HOME": "/home/anna", "AWS_PROFILE": "lab"},
+        "requeue": True,
+        "exclusive": "true",
+    }
+    for directive in ("#SBATCH --x11", "#SBATCH -p gpu"):
+        with pytest.raises(SlurmRefused, match="slurmrestd takes no"):
+            properties_of(directive, {})
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [("90", 90), ("1:30", 2), ("4:00:00", 240), ("2-12", 3600), ("1-0:30", 1470), ("0-0:0:1", 1)],
+)
+def test_times_are_whole_minutes_for_slurmrestd(time: str, minutes: int) -> None:
+    assert properties_of(f"#SBATCH --time={time}", {}) == {"time_limit": minutes}

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from launcher.ray_node import listens
 from tests.machines import Machine, machines, start
+from tests.ports import free_ports
 
 CONTROLLER = "ctl"
 NODES = ("n1", "n2")
 CPUS = 2
+REST = "slurmrestd"
 UP_SECONDS = 60.0
 
 CONFIGURATION = """
@@ -31,6 +34,8 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
+AuthAltTypes=auth/jwt
+AuthAltParameters=jwt_key={folder}/jwt.key
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -61,6 +66,7 @@ class RealSlurm:
     folder: Path
     machines: dict[str, Machine]
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    rest_url: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -94,6 +100,23 @@ class RealSlurm:
         """SIGKILL to everything that runs on a node, as when its power fails."""
         self.machines[name].kill()
         self.daemons.pop(name).wait()
+
+    def serve_rest(self) -> str:
+        """Start the REST daemon, unless it is up; its address. It answers this machine alone."""
+        if REST not in self.daemons:
+            (port,) = free_ports(1)
+            self.rest_url = f"http://127.0.0.1:{port}"
+            # It would not run as root: a service's account is not to be had here.
+            command = ["env", "SLURMRESTD_SECURITY=disable_user_check", "SLURM_JWT=daemon", "slurmrestd"]
+            command += ["-f", str(self.folder / "slurm.conf"), "-a", "rest_auth/jwt"]
+            command += ["-s", "openapi/v0.0.38", f"127.0.0.1:{port}"]  # the others want an accounting database
+            self.start_daemon(REST, *command)
+            until(lambda: listens(f"127.0.0.1:{port}"), UP_SECONDS)
+        return self.rest_url
+
+    def token(self, user: str, seconds: int = 1800) -> str:
+        """What Slurm gives a user for the REST daemon."""
+        return self.call("scontrol", "token", f"username={user}", f"lifespan={seconds}").strip().partition("=")[2]
 
     def stop(self) -> None:
         """End the daemons by their own ids, the last one first."""
@@ -129,8 +152,9 @@ def _start(slurm: RealSlurm) -> None:
     folder = slurm.folder
     (folder / "state").mkdir()
     key = folder / "munge.key"
-    with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(128))
+    for path in (key, folder / "jwt.key"):
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(128))
     munge = [f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid"]
     munge += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
     slurm.start_daemon("munged", "munged", "--foreground", "--force", *munge)
