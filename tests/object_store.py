@@ -19,7 +19,7 @@ from unittest import mock
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.ports import free_ports
+from tests.ports import lasting_ports
 
 KEY, SECRET, BUCKET = "espalier-tests", "not-a-secret-at-all", "jobs"
 UP_SECONDS = 60.0
@@ -129,7 +129,7 @@ def object_store(host: str = "127.0.0.1") -> Iterator[ObjectStore]:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-    store = ObjectStore(folder, free_ports(8), host)
+    store = ObjectStore(folder, lasting_ports(8), host)
     try:
         store.start()
         with mock.patch.dict(os.environ, store.environment):
