@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from parallelism.objects import PATIENCE_SECONDS, ObjectTree, Stored
 
-LOCKS = ".locks"
 LAST = ("manifest.json",)
 """Stored behind all other files of a folder: with it, they count."""
 
@@ -267,9 +267,10 @@ def _fetch(tree: ObjectTree, key: str, copy: Path, stored: Stored) -> None:
 @contextmanager
 def _turn(root: Path, key: str) -> Iterator[None]:
     """Only one process of this machine at a time fetches what lies at ``key``."""
-    folder = root / LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / hashlib.sha256(key.encode()).hexdigest()[:24], "w", encoding="ascii") as lock:
+    folder = Path(tempfile.gettempdir()) / f"espalier-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(f"{root}\n{key}".encode()).hexdigest()[:24]
+    with open(folder / f"fetch-{name[:2]}", "w", encoding="ascii") as lock:  # few files, which stay
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -12,7 +12,8 @@ from tests.compose.engine import PYTHON_IMAGE, Engine
 from tests.compose.jobs import await_success, job, mlflow_runs, mlflow_steps, outcome, upload_text
 from tests.compose.project import SERVICES, Project
 
-STEPS = 600
+STEPS = 1500
+"""So many that training still goes on after all kills, also where nothing else slows this machine."""
 USER = "10001"
 SIZE_LIMITS = {"espalier-api:0.1.0": 0.6e9, "espalier-worker:0.1.0": 2.6e9}
 """Bytes beyond those of the image that they begin with."""
