@@ -64,7 +64,7 @@ class CalibrationFiles:
 
     def remove_layer(self, layer: int) -> None:
         """Delete the sums of a layer that nobody needs any more."""
-        places.remove(self.folder / f"{layer:05d}")
+        places.discard(self.folder / f"{layer:05d}")
 
 
 def calibrate_step(

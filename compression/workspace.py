@@ -81,11 +81,11 @@ class Workspace:
 
     def remove_statistics(self) -> None:
         """Delete the statistics of this candidate, of whatever inputs."""
-        places.remove(self.directory / "statistics")
+        places.discard(self.directory / "statistics")
 
     def remove_layers(self) -> None:
         """Delete the layers' files; the assembled variants stay."""
-        places.remove(self.directory / "layers")
+        places.discard(self.directory / "layers")
 
 
 def chain_directory(out: str, recipe: Recipe) -> Path:

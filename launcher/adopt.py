@@ -5,7 +5,6 @@ hard links, which costs no bytes and no time (an object store copies inside itse
 group still writes or deletes, should it live on somewhere, is out of sight.
 """
 
-import contextlib
 from pathlib import Path
 
 from parallelism import places
@@ -26,7 +25,7 @@ def adopt_newest(source: Path | None, target: Path) -> CheckpointInfo | None:
             link_checkpoint(newest.path, adopted)
             return read_info(adopted)
         except (FileNotFoundError, ValueError):
-            places.remove(adopted)
+            places.discard(adopted)
     return None
 
 
@@ -40,5 +39,4 @@ def remove_older_roots(checkpoints_dir: Path, current: Path) -> None:
     """Delete the roots of earlier process groups; names sort by epoch and group, so that newer ones are left alone."""
     for root in places.folders(checkpoints_dir):
         if root.name < current.name:
-            with contextlib.suppress(OSError):
-                places.remove(root)
+            places.discard(root)

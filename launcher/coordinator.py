@@ -59,6 +59,7 @@ def coordinate(options: Options, stages: Sequence[Stage], rank_function: str = T
         unfit = _unfit(journal)
         if unfit is not None:
             _end(journal, JobState.FAILED, unfit)
+            leave(journal)
             return EXIT_FAILED
         with nullcontext(room) if room else _connected(options, journal, control) as found:
             control.listen()  # Ray has put its own handlers in place

@@ -1,8 +1,6 @@
 """Jobs under one home directory: make, find, list, run, stop, tidy up. Torch-free."""
 
-import contextlib
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -257,9 +255,7 @@ def collect_garbage(home: Home, *, older_than_days: float = 30.0, dry_run: bool 
             found += _garbage_of(journal, older_than_days)
     if not dry_run:
         for item in found:
-            with contextlib.suppress(OSError):
-                places.remove(item.path)
-            shutil.rmtree(item.path, ignore_errors=True)
+            places.discard(item.path)
     return found
 
 

@@ -24,12 +24,6 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
 
-    def list(self, prefix: str) -> list[str]:
-        """Names of the objects directly under ``prefix/``, sorted."""
-
-    def delete(self, key: str) -> None:
-        """Remove the object if it exists."""
-
 
 class LocalStorage:
     """A directory of a local or shared POSIX file system.
@@ -71,15 +65,6 @@ class LocalStorage:
 
     def exists(self, key: str) -> bool:
         return (self.root / key).exists()
-
-    def list(self, prefix: str) -> list[str]:
-        try:
-            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_file())
-        except FileNotFoundError:
-            return []
-
-    def delete(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
 
     def _target(self, key: str) -> Path:
         """Where an object belongs; its folder is made, but not the root: one that has gone is not made again."""
@@ -130,9 +115,3 @@ class ObjectStorage:
 
     def exists(self, key: str) -> bool:
         return self._tree.exists(f"{self._prefix}{key}")
-
-    def list(self, prefix: str) -> list[str]:
-        return self._tree.objects(f"{self._prefix}{prefix}")
-
-    def delete(self, key: str) -> None:
-        self._tree.remove(f"{self._prefix}{key}")

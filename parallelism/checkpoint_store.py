@@ -5,10 +5,8 @@ A checkpoint is a directory ``e{epoch:04d}-s{step:08d}``, on a file system or in
 and when every file has the size the manifest states.
 """
 
-import contextlib
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -88,10 +86,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         raise ValueError(f"{path} is not a complete checkpoint (no {MANIFEST}): {remedy}") from None
     except (json.JSONDecodeError, ValidationError) as error:
         raise ValueError(f"{path / MANIFEST} is not a checkpoint's manifest ({error}): {remedy}") from error
-    try:
-        found = _sizes(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is being deleted: {remedy}") from None
+    found = _sizes(path)
     wrong = sorted(name for name, size in info.files.items() if found.get(name) != size)
     if wrong:
         raise ValueError(f"{path} is damaged: missing or of another size: {', '.join(wrong[:5])}: {remedy}")
@@ -160,10 +155,8 @@ class CheckpointStore:
 
     def discard(self, directory: Path) -> None:
         """Delete as much as possible of a checkpoint that could not be completed."""
-        for path in (directory / MANIFEST, directory):
-            with contextlib.suppress(OSError):
-                places.remove(path)
-        shutil.rmtree(directory, ignore_errors=True)
+        places.discard(directory / MANIFEST)
+        places.discard(directory)
 
     def keep_newest(self, count: int) -> None:
         """Delete all complete checkpoints but the newest ``count``. Raises ``OSError``."""

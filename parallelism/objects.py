@@ -9,7 +9,7 @@ import functools
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -136,22 +136,13 @@ class ObjectTree:
 
     def folders(self, key: str) -> list[str]:
         """Names directly below ``key/`` that have objects below them, sorted."""
-        return [name for name, row in self._rows(key) if row["type"] == "directory"]
-
-    def objects(self, key: str) -> list[str]:
-        """Names of the objects directly below ``key/``, sorted."""
-        return [name for name, row in self._rows(key) if row["type"] == "file"]
-
-    def _rows(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         path = self._path(key)
         try:
             rows = self._patiently(self._files.ls, path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return
-        for row in sorted(rows, key=lambda row: str(row["name"])):
-            name = str(row["name"]).rstrip("/").removeprefix(f"{path}/")
-            if name and "/" not in name:
-                yield name, row
+            return []
+        names = [str(row["name"]).rstrip("/") for row in rows if row["type"] == "directory"]
+        return sorted(name.removeprefix(f"{path}/") for name in names if name != path)
 
     def remove(self, key: str) -> None:
         """Delete an object, or everything below ``key/``; what is not there is as good as deleted."""

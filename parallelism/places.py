@@ -7,6 +7,7 @@ is what it is on a file system, and sharing and asking do nothing. Torch-free.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -139,7 +140,7 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     content = found[1].get(found[2])
     if content is None:
-        raise FileNotFoundError(2, "no such object", str(path))
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
     return content
 
 
@@ -178,8 +179,12 @@ def sizes(directory: str | Path) -> dict[str, int]:
     found = _of(directory)
     if found is not None:
         return {name: stored.bytes for name, stored in found[1].below(found[2]).items()}
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    sizes_found = {}
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # others delete there meanwhile
+                sizes_found[path.relative_to(directory).as_posix()] = path.stat().st_size
+    return dict(sorted(sizes_found.items()))
 
 
 def folders(directory: str | Path) -> list[Path]:
@@ -196,7 +201,7 @@ def size(path: str | Path) -> int:
     found = _of(Path(path))
     stored = found[1].stored(found[2]) if found else None
     if found and stored is None:
-        raise FileNotFoundError(2, "no such object", str(path))
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
     return stored.bytes if stored else Path(path).stat().st_size
 
 
@@ -217,6 +222,13 @@ def remove(path: str | Path) -> None:
     if found is not None:
         found[1].remove(found[2])
     _delete(path)
+
+
+def discard(path: str | Path) -> None:
+    """As :func:`remove`, as far as it goes: what cannot be deleted, or is being deleted by others, is left."""
+    with contextlib.suppress(OSError):
+        remove(path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def copy(source: Path, target: Path) -> None:

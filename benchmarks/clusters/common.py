@@ -6,6 +6,7 @@ from typing import Any
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.spec import JobSpec
+from launcher.view import JobView
 from parallelism import places
 from tests.finished import BATCH, LENGTH, small_job
 from tests.launcher.fingerprint import fingerprint, tensors_checksum
@@ -60,6 +61,12 @@ def hashes(journal: Journal) -> dict[str, str]:
     return found | {
         f"variant {row['name']}": tensors_checksum(_here(journal, row["path"])) for row in variants if row["path"]
     }
+
+
+def restarts_of(view: JobView) -> list[dict[str, Any]]:
+    """Why the candidate's process groups were replaced, and what that cost."""
+    told = ("reason", "from_step", "lost_steps", "lost_device_seconds")
+    return [{name: restart[name] for name in told} for restart in view.candidate(CANDIDATE).restarts]
 
 
 def _here(journal: Journal, shown: str) -> Path:

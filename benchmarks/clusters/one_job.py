@@ -25,7 +25,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.clusters.common import CANDIDATE, PROGRESS, STEPS, hashes, job_document, nodes_of, on, row_of
+from benchmarks.clusters.common import (
+    CANDIDATE,
+    PROGRESS,
+    STEPS,
+    hashes,
+    job_document,
+    nodes_of,
+    on,
+    restarts_of,
+    row_of,
+)
 from benchmarks.processes import left_behind, mark_campaign
 from launcher.backends.base import Backend
 from launcher.backends.local import LocalBackend
@@ -95,10 +105,7 @@ def measure(journal: Journal, state: JobState, seconds: float) -> dict[str, Any]
             }
             for gang in gangs
         ],
-        "restarts": [
-            {name: restart[name] for name in ("reason", "from_step", "lost_steps", "lost_device_seconds")}
-            for restart in view.candidate(CANDIDATE).restarts
-        ],
+        "restarts": restarts_of(view),
         "device_seconds": row["device_seconds"],
         "lost_device_seconds": row["lost_device_seconds"],
         "ledger": ledger(journal),

@@ -29,7 +29,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.clusters.common import CANDIDATE, PROGRESS, STEPS, hashes, job_document, nodes_of, on, row_of
+from benchmarks.clusters.common import (
+    CANDIDATE,
+    PROGRESS,
+    STEPS,
+    hashes,
+    job_document,
+    nodes_of,
+    on,
+    restarts_of,
+    row_of,
+)
 from benchmarks.processes import left_behind as left_of_campaign
 from benchmarks.processes import mark_campaign
 from launcher.backends.ray import RayBackend
@@ -158,10 +168,7 @@ def measure(struck: Struck, calm: Journal) -> dict[str, Any]:
         "kills": struck.kills,
         "attempts": view.epoch,
         "process_groups": len(view.candidate(CANDIDATE).gangs),
-        "restarts": [
-            {name: restart[name] for name in ("reason", "from_step", "lost_steps", "lost_device_seconds")}
-            for restart in view.candidate(CANDIDATE).restarts
-        ],
+        "restarts": restarts_of(view),
         "device_seconds": row["device_seconds"],
         "lost_device_seconds": row["lost_device_seconds"],
         "hashes": len(found),

@@ -70,7 +70,7 @@ def _cluster() -> Iterator[RayCluster]:
         cluster = RayCluster(f"http://127.0.0.1:{dashboard}", token_file)
         _await(f"127.0.0.1:{port}", cluster, nodes)
         nodes.append(_start(folder, "second", [f"--address=127.0.0.1:{port}"]))
-        _await_agent(cluster, nodes)
+        await_agent(cluster, nodes)
         yield cluster
     finally:
         for node in reversed(nodes):
@@ -116,7 +116,7 @@ def _await(address: str, cluster: RayCluster, nodes: "list[subprocess.Popen[byte
     raise NotUp(f"no Jobs API at {cluster.address}")
 
 
-def _await_agent(cluster: RayCluster, nodes: "list[subprocess.Popen[bytes]]") -> None:
+def await_agent(cluster: RayCluster, nodes: "list[subprocess.Popen[bytes]]") -> None:
     """The Jobs API answers before there is anybody to run a job."""
     jobs = JobsApi(cluster.address, cluster.token_file)
     deadline = time.monotonic() + UP_SECONDS

@@ -12,10 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.backends.base import BackendUnavailable
-from launcher.backends.ray import JobsApi
 from launcher.environment import python_path
-from tests.launcher.ray_cluster import CPUS, OBJECT_STORE_BYTES, TRIES, UP_SECONDS, NotUp, RayCluster
+from tests.launcher.ray_cluster import CPUS, OBJECT_STORE_BYTES, TRIES, UP_SECONDS, NotUp, RayCluster, await_agent
 from tests.machines import Machine, machines, start
 
 PORT, DASHBOARD = 6379, 8265
@@ -95,16 +93,7 @@ class RayMachines:
 
     def await_jobs(self) -> None:
         """Wait until a job could be submitted. Raises :class:`NotUp`."""
-        jobs = JobsApi(self.cluster.address, self.cluster.token_file)
-        deadline = time.monotonic() + UP_SECONDS
-        while True:
-            try:
-                jobs.submit({"submission_id": f"first-{secrets.token_hex(4)}", "entrypoint": "true"})
-                return
-            except BackendUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise NotUp(str(error)) from error
-                time.sleep(0.5)
+        await_agent(self.cluster, list(self.processes.values()))
 
 
 @contextmanager

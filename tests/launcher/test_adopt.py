@@ -2,13 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher import adopt
 from launcher.adopt import adopt_newest, remove_older_roots
-from parallelism import checkpoint_store
 from parallelism.budget import Budget, Progress
 from parallelism.checkpoint_store import CheckpointInfo, CheckpointStore, Metrics
 from parallelism.layout import Layout
@@ -103,15 +103,15 @@ def test_a_checkpoint_deleted_while_it_is_looked_at_is_no_checkpoint(
 ) -> None:
     _write(tmp_path / "old", 10)
     going = _write(tmp_path / "old", 20)
-    real = checkpoint_store._sizes
+    walk = os.walk
 
-    def racing(directory: Path) -> dict[str, int]:
-        if directory == going:
-            shutil.rmtree(going)
-            raise FileNotFoundError(going)  # as a file that was listed and has gone
-        return real(directory)
+    def racing(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for row in walk(directory):
+            if directory == going:
+                shutil.rmtree(going, ignore_errors=True)  # behind whoever has listed the files
+            yield row
 
-    monkeypatch.setattr(checkpoint_store, "_sizes", racing)
+    monkeypatch.setattr(os, "walk", racing)
     assert [info.step for info in CheckpointStore(tmp_path / "old").complete()] == [10]
 
 

@@ -154,3 +154,20 @@ def _complaint(url: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def test_files_that_go_while_a_folder_is_looked_at_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers delete hidden states and drafts beside those that look for theirs."""
+    for name in ("going", "kept"):
+        (tmp_path / name).write_text(name, encoding="ascii")
+    walk = os.walk
+
+    def racing(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for row in walk(folder):
+            (tmp_path / "going").unlink(missing_ok=True)
+            yield row
+
+    monkeypatch.setattr(os, "walk", racing)
+    assert places.sizes(tmp_path) == {"kept": 4}
