@@ -225,7 +225,7 @@ def test_keys_are_kept_hashed_expire_and_are_revoked(database: Database) -> None
     assert (found.owner, found.role) == ("anna", "submitter")
     with database.read() as session:
         stored = str(session.execute(text("SELECT * FROM keys")).one())
-    assert token.rpartition("_")[2] not in stored
+    assert token.split("_", 2)[2] not in stored  # the secret may have underscores of its own
     for wrong in (
         "",
         "esp",
