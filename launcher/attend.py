@@ -14,7 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.environment import end_with_parent
+from launcher.policy import TEMPORARY_EXIT_CODE
 from parallelism import places
+from parallelism.objects import StoreAwayError
 
 POLL_SECONDS = 0.5
 NOW = "now"
@@ -68,7 +70,11 @@ def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 def main() -> int:
     """Entry point of the process."""
-    return attend(sys.argv[2:], places.at(sys.argv[1]))
+    try:
+        return attend(sys.argv[2:], places.at(sys.argv[1]))
+    except StoreAwayError as error:
+        print(error, file=sys.stderr)
+        return TEMPORARY_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.slurm_options import SlurmOptions
 from launcher.cluster import CPU_LINK, CPU_MEMORY, GIBI, Cluster, core_flops, gpu_cluster, local_cluster
 from launcher.problems import Problem
-from launcher.profiles import FILE, Gpu, KubernetesProfile, Profile, load_profiles
+from launcher.profiles import FILE, JOBS, Gpu, KubernetesProfile, Profile, load_profiles
 from launcher.spec import JobSpec
+from parallelism import places
 from parallelism.host_memory import available_memory
 from parallelism.suggest import remedy
 
@@ -134,7 +135,7 @@ def _kubernetes_problems(spec: JobSpec, profile: Profile, home: Path) -> Iterato
         )
     if options.gpus_per_node and offer.gpu is None:
         yield _unknown_gpus(spec, "kubernetes")
-    if not any(home.is_relative_to(volume.mount) for volume in offer.volumes if not volume.read_only):
+    if not offer.holds(home) and not places.is_mirrored(home.absolute() / JOBS):
         how = f"the operator mounts it at the same path, under kubernetes.volumes in {FILE}"
         yield Problem("execution.profile", name, f"no volume of its pods holds the home {home}", how)
     yield from _relative_paths(spec)

@@ -27,6 +27,7 @@ from launcher.system import NodeLostError, Nodes
 from launcher.versions import VersionsDiffer, check_dispatched
 from launcher.workers import TRAIN
 from parallelism import places
+from parallelism.objects import StoreAwayError
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the coordinator's process."""
     from launcher.stages.line import STAGES
 
-    return coordinate(parse(arguments), STAGES)
+    try:
+        return coordinate(parse(arguments), STAGES)
+    except StoreAwayError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return TEMPORARY_EXIT_CODE
 
 
 if __name__ == "__main__":

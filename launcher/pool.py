@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from launcher.journal import Journal
-from launcher.policy import HOPELESS, UNCOUNTED, Ended
+from launcher.policy import HOPELESS, UNCOUNTED, Cause, Ended
 from launcher.reservation import Bundle, Reservation
 from launcher.session import Room
 from launcher.versions import check_versions, versions_here
-from launcher.workers import GroupShape, RankFacts, end_of, process_facts, settle_in, wait_until_gone
+from launcher.workers import (
+    LOST_CONNECTION,
+    LOST_NODE_SECONDS,
+    GroupShape,
+    RankFacts,
+    end_of,
+    process_facts,
+    settle_in,
+    wait_until_gone,
+)
 from parallelism.registry import load
 
 ROLE = "worker"
@@ -87,6 +96,8 @@ class _Worker:
     facts: RankFacts | None = None
     task: Task | None = None
     call: Any = None
+    """The task's; or, once Ray could not reach the worker, a question whether it lives."""
+    doubted_at: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -211,21 +222,26 @@ class Pool:
         next_tasks: list[Task] = []
         for worker in list(self._workers):
             self._introduce(worker)
-            if worker.task is None or not ray.wait([worker.call], timeout=0)[0]:
+            task = worker.task
+            if task is None or not ray.wait([worker.call], timeout=0)[0]:
                 continue
-            task, worker.task = worker.task, None
             try:
                 result = ray.get(worker.call, timeout=60)
             except RayError as error:
-                self._after_error(worker, task, error)
+                if not _is_in_doubt(worker, error):
+                    self._after_end(worker, task, end_of(worker.number, error, worker.facts, worker.log), error)
+                    next_tasks.append(task)
+                continue
+            if worker.doubted_at:  # it lives, but nobody hears any more what became of its task
+                self._after_end(worker, task, Ended(worker.number, Cause.ERROR, LOST_CONNECTION))
                 next_tasks.append(task)
-            else:
-                next_tasks += done(task, result) or ()
+                continue
+            worker.task = None
+            next_tasks += done(task, result) or ()
         return next_tasks
 
-    def _after_error(self, worker: _Worker, task: Task, error: RayError) -> None:
+    def _after_end(self, worker: _Worker, task: Task, end: Ended, error: RayError | None = None) -> None:
         """The task may be tried again on another worker, or :class:`TaskFailed` is raised."""
-        end = end_of(worker.number, error, worker.facts, worker.log)
         self._dismiss(worker)
         assert end.cause is not None
         if end.cause not in UNCOUNTED:
@@ -252,3 +268,14 @@ class Pool:
         if worker.facts:
             where = {"rank": worker.number, "pid": worker.facts.pid, "node": worker.facts.node}
             self._journal.append("process_ended", {"role": ROLE, "candidate": None, **where})
+
+
+def _is_in_doubt(worker: _Worker, error: RayError) -> bool:
+    """Whether nobody knows yet what became of a worker: Ray takes a while to notice that a node is gone. Asks again."""
+    if not isinstance(error, ActorUnavailableError):
+        return False
+    worker.doubted_at = worker.doubted_at or time.monotonic()
+    if time.monotonic() > worker.doubted_at + LOST_NODE_SECONDS:
+        return False
+    worker.call = worker.actor.facts.remote()
+    return True

@@ -89,6 +89,13 @@ class Volume(Options):
     read_only: bool = False
 
 
+class Scratch(Options):
+    """Where a pod keeps copies of a job that is in an object store, and its part of a checkpoint until it is stored."""
+
+    gib: PositiveFloat
+    storage_class: ObjectName | None = Field(default=None, description="of a volume; default: the node's own disk")
+
+
 class SecretKey(Options):
     """Where a secret lies in the cluster; what it holds never passes through here."""
 
@@ -126,7 +133,10 @@ class KubernetesProfile(Options):
     fs_group: PositiveInt | None = Field(default=None, description="group that owns the volumes")
     node_selector: dict[str, str] = Field(default={}, description="labels of the nodes to use")
     tolerations: list[Toleration] = Field(default=[], description="as in a pod")
-    volumes: list[Volume] = Field(default=[], description="the home has to be on one of them")
+    volumes: list[Volume] = Field(default=[], description="holds the home, unless jobs are in an object store")
+    scratch: Scratch | None = Field(
+        default=None, description="of each pod of a job in an object store; default: the node's disk, without a limit"
+    )
     environment: dict[str, str] = Field(default={}, description="no secrets: the manifest can be read")
     secret_environment: dict[str, SecretKey] = Field(default={}, description="variables whose values are in secrets")
     secret_mounts: list[SecretMount] = Field(default=[], description="secrets as files")
@@ -137,6 +147,10 @@ class KubernetesProfile(Options):
     gpu: Gpu | None = None
     memory_gib_per_node: PositiveFloat | None = None
     keep_seconds: int = Field(default=300, ge=0, description="how long the pods of a job that has ended stay")
+
+    def holds(self, path: Path) -> bool:
+        """Whether pods can write to ``path`` on one of the volumes."""
+        return any(path.is_relative_to(volume.mount) for volume in self.volumes if not volume.read_only)
 
 
 class Profile(Options):

@@ -34,6 +34,7 @@ CONNECT = "parallelism.device:connect"
 HOST_STORE = "parallelism.device:host_store"
 LOST_NODE_SECONDS, ANSWER_SECONDS = 30.0, 1.0
 """Within what time Ray notices that a node is gone, whatever its settings, and a rank that lives answers."""
+LOST_CONNECTION = "Ray lost the connection to it"
 
 STORE_PATIENCE_SECONDS = 60.0
 """How long a worker waits for an object store; a checkpoint that cannot be stored is tried again, a task elsewhere."""
@@ -419,7 +420,7 @@ class WorkerGroup:
             else:
                 del self._doubts[rank]
                 if rank not in self._runs.values():
-                    self._ends.setdefault(rank, Ended(rank, Cause.ERROR, "Ray lost the connection to it"))
+                    self._ends.setdefault(rank, Ended(rank, Cause.ERROR, LOST_CONNECTION))
 
 
 def end_of(rank: int, error: RayError, facts: RankFacts | None, log: Path) -> Ended:

@@ -74,7 +74,9 @@ class BackendEntry(Entry):
 
 BACKENDS: dict[str, BackendEntry] = {
     "kubernetes": BackendEntry(
-        "launcher.backends.kubernetes_options:KubernetesOptions", "launcher.backends.kubernetes:KubernetesBackend"
+        "launcher.backends.kubernetes_options:KubernetesOptions",
+        "launcher.backends.kubernetes:KubernetesBackend",
+        objects=True,
     ),
     "local": BackendEntry("launcher.spec:ExecutionConfig", "launcher.backends.local:LocalBackend", objects=True),
     "ray": BackendEntry("launcher.profiles:RayProfile", "launcher.backends.ray:RayBackend", objects=True),

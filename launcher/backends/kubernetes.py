@@ -25,11 +25,13 @@ from launcher.backends.kubernetes_manifest import (
 from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.kubernetes_states import has_ended, is_suspended, status_of, waiting_reason
 from launcher.backends.kubernetes_watch import Recently, Watched
-from launcher.backends.local import tail, working_directory
+from launcher.backends.local import entry, tail, working_directory
 from launcher.environment import shared_cluster
 from launcher.journal import Journal
+from launcher.pod import alive_file
 from launcher.profiles import KubernetesProfile, home_of, profile_named
 from launcher.spec import JobSpec
+from parallelism import places
 
 STOP = "stop"
 GONE_SECONDS = 180.0
@@ -63,24 +65,26 @@ class KubernetesBackend:
         job = kubernetes_job(
             journal.spec(), journal, journal.job_id, name, Path(working_directory(journal)), self._module
         )
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        job.stop_file.parent.mkdir(parents=True, exist_ok=True)
-        job.alive_file.unlink(missing_ok=True)
+        stop_file = _stop_file(journal, name)
+        if job.copies is None:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            stop_file.parent.mkdir(parents=True, exist_ok=True)
+        places.remove(alive_file(stop_file))
         try:
             made = api.create(render_job(journal.spec(), profile, job))
         except Taken:
             found = api.get(name)
-            if found is None or _journal_of(found) != str(journal.directory):
+            if found is None or _journal_of(found) != journal.location:
                 raise
             made = found  # somebody was faster, and this is the same submission
-        return _handle(place, made, job.stop_file)
+        return _handle(place, made, stop_file)
 
     def find(self, journal: Journal) -> Handle | None:
         """The RayJob of this job that has not ended, by its label. Raises ``BackendUnavailable``."""
         place = Place.of_profile(_profile(journal))
         for row in _of_job(self._api(place), journal):
             if not has_ended(row) and "deletionTimestamp" not in row["metadata"]:
-                return _handle(place, row, journal.cluster_dir / f"{STOP}.{row['metadata']['name']}")
+                return _handle(place, row, _stop_file(journal, row["metadata"]["name"]))
         return None
 
     def status(self, handle: Handle) -> BackendStatus:
@@ -186,11 +190,12 @@ def kubernetes_job(
     return KubernetesJob(
         job_id=job_id,
         name=name,
-        journal=journal.directory,
-        working_directory=working_directory,
+        journal=journal.location,
+        entry=entry(journal, working_directory),
         log=journal.logs_dir / "coordinator.log",
-        stop_file=journal.cluster_dir / f"{STOP}.{name}",
+        stop_file=places.address(_stop_file(journal, name)),
         ray_version=version("ray"),
+        copies=journal.directory.parent if places.is_mirrored(journal.directory) else None,
         threads_per_rank=spec.execution.threads_per_rank,
         devices=spec.execution.devices,
         module=module,
@@ -201,6 +206,10 @@ def kubernetes_job(
 def render_job(spec: JobSpec, profile: KubernetesProfile, job: KubernetesJob) -> dict[str, Any]:
     """The RayJob of a job."""
     return render(job, spec.execution.kubernetes or KubernetesOptions(), profile)
+
+
+def _stop_file(journal: Journal, name: str) -> Path:
+    return journal.cluster_dir / f"{STOP}.{name}"
 
 
 def _profile(journal: Journal) -> KubernetesProfile:
@@ -217,7 +226,7 @@ def _new_name(journal: Journal, api: KubernetesApi) -> str:
     """The first name of the next epoch that has not come to its end; what is left of earlier ones is removed."""
     ended = {row["metadata"]["name"]: row["metadata"]["uid"] for row in _of_job(api, journal) if has_ended(row)}
     epoch, attempt = journal.view().epoch + 1, 1
-    while (name := job_name(journal.job_id, journal.directory, epoch, attempt)) in ended:
+    while (name := job_name(journal.job_id, journal.location, epoch, attempt)) in ended:
         attempt += 1
     for old, uid in ended.items():
         if f"-e{epoch}" not in old:
@@ -226,8 +235,8 @@ def _new_name(journal: Journal, api: KubernetesApi) -> str:
 
 
 def _of_job(api: KubernetesApi, journal: Journal) -> list[Document]:
-    rows, _ = api.ray_jobs(f"{SELECTOR},{JOB_LABEL}={job_key(journal.directory)}")
-    return [row for row in rows if _journal_of(row) == str(journal.directory)]
+    rows, _ = api.ray_jobs(f"{SELECTOR},{JOB_LABEL}={job_key(journal.location)}")
+    return [row for row in rows if _journal_of(row) == journal.location]
 
 
 def _journal_of(row: Mapping[str, Any]) -> str:

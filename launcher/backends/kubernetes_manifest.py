@@ -15,7 +15,7 @@ import yaml
 
 from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.policy import TEMPORARY_EXIT_CODE
-from launcher.profiles import KubernetesProfile
+from launcher.profiles import KubernetesProfile, Scratch
 
 API_VERSION, KIND = "ray.io/v1", "RayJob"
 LONGEST_NAME = 47
@@ -40,28 +40,28 @@ class KubernetesJob:
 
     job_id: str
     name: str
-    journal: Path
-    working_directory: Path
+    journal: str
+    """Its location."""
+    entry: str
+    """Shell that the coordinator starts behind (:func:`launcher.backends.local.entry`)."""
     log: Path
-    stop_file: Path
+    stop_file: str
+    """The address of the file that asks the coordinator to end."""
     ray_version: str
+    copies: Path | None = None
+    """Where a pod keeps copies of a job that is in an object store."""
     threads_per_rank: int = 1
     devices: int | None = None
     module: str = "launcher.coordinator"
     environment: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def alive_file(self) -> Path:
-        """Is there while the coordinator is."""
-        return self.stop_file.with_name(f"{self.stop_file.name}.alive")
+
+def job_key(journal: str) -> str:
+    """What stands for the job at a location in labels and names, which have no room for whole ids: ten hex digits."""
+    return hashlib.sha256(journal.encode()).hexdigest()[:10]
 
 
-def job_key(journal: Path) -> str:
-    """What stands for one job of one home in labels and names, which have no room for whole ids: ten hex digits."""
-    return hashlib.sha256(str(journal).encode()).hexdigest()[:10]
-
-
-def job_name(job_id: str, journal: Path, epoch: int, attempt: int = 1) -> str:
+def job_name(job_id: str, journal: str, epoch: int, attempt: int = 1) -> str:
     """The RayJob's name, a DNS label of at most 47 characters.
 
     It follows from the job and the epoch that will be claimed; ``attempt`` counts those that ended before they did.
@@ -115,7 +115,7 @@ def render(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesPr
         "name": job.name,
         "namespace": profile.namespace,
         "labels": {**labels, **_queue_labels(options, profile)},
-        "annotations": {JOB_ANNOTATION: job.job_id, JOURNAL_ANNOTATION: str(job.journal)},
+        "annotations": {JOB_ANNOTATION: job.job_id, JOURNAL_ANNOTATION: job.journal},
     }
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
@@ -140,44 +140,22 @@ def _start_parameters(job: KubernetesJob, options: KubernetesOptions) -> dict[st
 
 
 def _entrypoint(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesProfile) -> str:
-    """The coordinator under :mod:`launcher.attend`, for ``sh``.
-
-    A file says that it lives. One that is left over tells that an earlier life of this submission was cut off (the
-    head's pod was lost): the submission ends then, and the dispatcher decides. After a suspension, for which pods wait
-    until the coordinator has ended, there is none, and the job goes on.
-    """
-    coordinator = [profile.python, "-m", job.module, str(job.journal), "--address", "auto"]
+    """The coordinator under :mod:`launcher.pod`, for ``sh``."""
+    coordinator = [profile.python, "-m", job.module, job.journal, "--address", "auto"]
     coordinator += ["--nodes", str(options.nodes)]
     coordinator += ["--devices", str(job.devices)] if job.devices else []
-    command = f'{shlex.quote(profile.python)} -m launcher.attend "$stop" {shlex.join(coordinator)}'
-    folder, log = shlex.quote(str(job.working_directory)), shlex.quote(str(job.log))
-    return f"""{_files(job)}
-cd {folder} || exit {TEMPORARY_EXIT_CODE}
-# Left by a life that was cut off: whoever submitted this decides what follows.
-if [ -e "$alive" ]; then rm -f "$alive"; exit {TEMPORARY_EXIT_CODE}; fi
-rm -f "$stop"
-: > "$alive"
-trap : TERM
-{command} >> {log} 2>&1
-code=$?
-rm -f "$alive"
-exit $code
+    command = [profile.python, "-m", "launcher.pod", "run", job.stop_file]
+    return f"""{job.entry} || exit {TEMPORARY_EXIT_CODE}
+exec {shlex.join(command)} \\
+  {shlex.join(coordinator)} \\
+  >> {shlex.quote(str(job.log))} 2>&1
 """
 
 
-def _before_the_end(job: KubernetesJob, options: KubernetesOptions) -> list[str]:
+def _before_the_end(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesProfile) -> list[str]:
     """Whatever takes a pod away (a drained node, a preemption): checkpoints are written first."""
-    script = f"""{_files(job)}
-if [ -e "$alive" ] && [ ! -e "$stop" ]; then touch "$stop"; fi
-seconds=0
-while [ -e "$alive" ] && [ $seconds -lt {options.checkpoint_seconds} ]; do sleep 1; seconds=$((seconds + 1)); done
-ray stop
-"""
-    return ["/bin/sh", "-c", script]
-
-
-def _files(job: KubernetesJob) -> str:
-    return f'stop={shlex.quote(str(job.stop_file))}\nalive="$stop.alive"'
+    command = [profile.python, "-m", "launcher.pod", "end", job.stop_file, str(options.checkpoint_seconds)]
+    return ["/bin/sh", "-c", f"{shlex.join(command)}\nray stop\n"]
 
 
 def _pod(
@@ -196,7 +174,7 @@ def _pod(
         ),
         "terminationGracePeriodSeconds": options.checkpoint_seconds + LAST_SECONDS,
         "containers": [_container(container, job, options, profile)],
-        "volumes": list(_volumes(options, profile)),
+        "volumes": list(_volumes(job, options, profile)),
     }
     more = {
         "serviceAccountName": profile.service_account,
@@ -223,8 +201,8 @@ def _container(name: str, job: KubernetesJob, options: KubernetesOptions, profil
         "env": environment,
         "resources": {"requests": resources, "limits": dict(resources)},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        "lifecycle": {"preStop": {"exec": {"command": _before_the_end(job, options)}}},
-        "volumeMounts": list(_mounts(profile)),
+        "lifecycle": {"preStop": {"exec": {"command": _before_the_end(job, options, profile)}}},
+        "volumeMounts": list(_mounts(job, profile)),
     }
 
 
@@ -239,22 +217,46 @@ def _resources(job: KubernetesJob, options: KubernetesOptions, profile: Kubernet
     return found
 
 
-def _volumes(options: KubernetesOptions, profile: KubernetesProfile) -> list[dict[str, Any]]:
+def _volumes(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesProfile) -> list[dict[str, Any]]:
     size = f"{round(1024 * options.shared_memory_gib)}Mi"
     found: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": size}}]
     for index, volume in enumerate(profile.volumes):
         claim = {"claimName": volume.claim, **({"readOnly": True} if volume.read_only else {})}
         found.append({"name": f"volume-{index}", "persistentVolumeClaim": claim})
+    if _keeps_copies(job, profile):
+        found.append({"name": "copies", **_scratch(profile.scratch)})
     for index, mount in enumerate(profile.secret_mounts):
         found.append({"name": f"secret-{index}", "secret": {"secretName": mount.secret, "defaultMode": 0o440}})
     return found
 
 
-def _mounts(profile: KubernetesProfile) -> list[dict[str, Any]]:
+def _keeps_copies(job: KubernetesJob, profile: KubernetesProfile) -> bool:
+    """Whether pods need a volume of their own for copies: the profile may have one for them."""
+    return job.copies is not None and not profile.holds(job.copies)
+
+
+def _scratch(scratch: Scratch | None) -> dict[str, Any]:
+    """A volume that comes and goes with its pod."""
+    if scratch is None:
+        return {"emptyDir": {}}
+    size = f"{round(1024 * scratch.gib)}Mi"
+    if scratch.storage_class is None:
+        return {"emptyDir": {"sizeLimit": size}}
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": scratch.storage_class,
+        "resources": {"requests": {"storage": size}},
+    }
+    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
+
+
+def _mounts(job: KubernetesJob, profile: KubernetesProfile) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     for index, volume in enumerate(profile.volumes):
         read_only = {"readOnly": True} if volume.read_only else {}
         found.append({"name": f"volume-{index}", "mountPath": volume.mount, **read_only})
+    if _keeps_copies(job, profile):
+        found.append({"name": "copies", "mountPath": str(job.copies)})
     for index, secret in enumerate(profile.secret_mounts):
         found.append({"name": f"secret-{index}", "mountPath": secret.mount, "readOnly": True})
     return found

@@ -6,6 +6,7 @@ that process group ends everything, also after the coordinator has been killed.
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,18 @@ def working_directory(journal: Journal) -> str:
     """Relative paths of a spec start where it was submitted, as long as that folder exists."""
     folder = journal.facts()["working_directory"]
     return folder if os.path.isdir(folder) else str(journal.directory)
+
+
+def entry(journal: Journal, working_directory: Path) -> str:
+    """Shell that a coordinator elsewhere starts behind: relative paths start where they do on one machine.
+
+    A node that shares no files has no such folder, and gets the folders of its copies.
+    """
+    folder = shlex.quote(str(working_directory))
+    if not places.is_mirrored(journal.directory):
+        return f"cd {folder}"
+    copies = shlex.quote(str(journal.directory))
+    return f"mkdir -p {shlex.quote(str(journal.logs_dir))} && {{ cd {folder} 2> /dev/null || cd {copies}; }}"
 
 
 def _kill_group(handle: Handle) -> None:

@@ -15,7 +15,7 @@ import httpx2
 
 from launcher.attend import ask_to_stop
 from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Phase
-from launcher.backends.local import tail, working_directory
+from launcher.backends.local import entry, tail, working_directory
 from launcher.journal import Journal
 from launcher.profiles import RayProfile, home_of, profile_named
 from parallelism import places
@@ -218,9 +218,8 @@ def _entrypoint(journal: Journal, profile: RayProfile, stop_file: Path, module: 
     devices = journal.spec().execution.devices
     coordinator += ["--devices", str(devices)] if devices else []
     command = [profile.python, "-m", "launcher.attend", places.address(stop_file), *coordinator]
-    folder, log = shlex.quote(working_directory(journal)), journal.log_path("coordinator")
-    made = f"mkdir -p {shlex.quote(str(log.parent))} && " if places.is_mirrored(log) else ""
-    return f"{made}cd {folder} && exec {shlex.join(command)} >> {shlex.quote(str(log))} 2>&1"
+    start, log = entry(journal, Path(working_directory(journal))), shlex.quote(str(journal.log_path("coordinator")))
+    return f"{start} && exec {shlex.join(command)} >> {log} 2>&1"
 
 
 def _reason(row: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def kubernetes(job_file: JobFileArgument, home: HomeOption = DEFAULT_HOME) -> No
     job_id = f"{spec.name}-JOB"
     journal = root.journal(job_id)
     profile = profile_named(root.root, spec.execution.profile).kubernetes or KubernetesProfile(image="IMAGE")
-    name = job_name(job_id, journal.directory, epoch=1)
+    name = job_name(job_id, journal.location, epoch=1)
     job = k8s.kubernetes_job(spec, journal, job_id, name, Path.cwd())
     typer.echo(to_yaml(k8s.render_job(spec, profile, job)), nl=False)
 

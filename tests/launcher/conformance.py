@@ -55,9 +55,11 @@ class Place:
         return journal, backend, handle
 
 
-def make_place(make: Callable[[str], Backend], folder: Path, execution: dict[str, Any], seconds: float) -> Place:
-    """A place with a home of its own."""
-    return Place(make, Home(folder / "home"), {"devices": 1, **execution}, seconds)
+def make_place(
+    make: Callable[[str], Backend], folder: Path, execution: dict[str, Any], seconds: float, journals: str | None = None
+) -> Place:
+    """A place with a home of its own, whose jobs may lie in an object store."""
+    return Place(make, Home(folder / "home", journals), {"devices": 1, **execution}, seconds)
 
 
 class BackendContract:

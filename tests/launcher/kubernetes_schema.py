@@ -47,6 +47,15 @@ TEMPLATE = {
                 "emptyDir": {"medium": str, "sizeLimit": str},
                 "persistentVolumeClaim": {"claimName": str, "readOnly": bool},
                 "secret": {"secretName": str, "defaultMode": int},
+                "ephemeral": {
+                    "volumeClaimTemplate": {
+                        "spec": {
+                            "accessModes": [str],
+                            "storageClassName": str,
+                            "resources": {"requests": {"storage": str}},
+                        }
+                    }
+                },
             }
         ],
     },

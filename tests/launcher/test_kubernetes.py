@@ -17,7 +17,9 @@ from launcher.backends.kubernetes_api import Place as Namespace
 from launcher.backends.kubernetes_manifest import job_name
 from launcher.backends.kubernetes_states import status_of, waiting_reason
 from launcher.journal import Journal
+from launcher.pod import alive_file
 from launcher.states import JobState
+from parallelism import places
 from tests.launcher.conformance import (
     MANY,
     QUICK,
@@ -26,6 +28,7 @@ from tests.launcher.conformance import (
     make_place,
 )
 from tests.launcher.kubernetes_double import NAMESPACE, ApiServer, KubeRay, role_of
+from tests.object_store import ObjectStore, object_store
 
 
 @pytest.fixture
@@ -55,9 +58,13 @@ def alone(server: ApiServer, tmp_path: Path) -> Place:
     return _place(server, tmp_path)
 
 
-def _place(server: ApiServer, folder: Path, **offer: Any) -> Place:
+def _place(server: ApiServer, folder: Path, journals: str | None = None, **offer: Any) -> Place:
     place = make_place(
-        lambda module: KubernetesBackend(module, reason_seconds=0.2), folder, {"backend": "kubernetes"}, seconds=120
+        lambda module: KubernetesBackend(module, reason_seconds=0.2),
+        folder,
+        {"backend": "kubernetes"},
+        seconds=120,
+        journals=journals,
     )
     home = place.home.root
     home.mkdir(parents=True, exist_ok=True)
@@ -88,7 +95,7 @@ def _until(condition: Callable[[], object], seconds: float = 90.0) -> None:
 def test_a_submission_s_name_follows_from_the_job_and_is_taken_once(alone: Place, server: ApiServer) -> None:
     journal, first, second = alone.journal(MANY), KubernetesBackend(QUICK), KubernetesBackend(QUICK)
     handle = first.submit(journal)
-    assert handle["name"] == job_name(journal.job_id, journal.directory, 1)
+    assert handle["name"] == job_name(journal.job_id, journal.location, 1)
     assert second.submit(journal) == handle  # 409: somebody was faster
     assert list(server.ray_jobs()) == [handle["name"]]
     assert second.find(journal) == handle
@@ -409,3 +416,29 @@ def test_reasons_are_told_once_and_in_few_words() -> None:
 
 class TestKubernetes(BackendContract):
     """On the double."""
+
+
+class TestKubernetesWithoutSharedFiles(BackendContract):
+    """Jobs are in an object store, and no volume of the pods holds the home."""
+
+    @pytest.fixture(scope="class")
+    def store(self) -> Iterator[ObjectStore]:
+        """A real one."""
+        with object_store() as found:
+            yield found
+
+    @pytest.fixture
+    def place(self, server: ApiServer, store: ObjectStore, operator: KubeRay, tmp_path: Path) -> Place:
+        """The operator's pods have what the store asks for."""
+        return _place(server, tmp_path, journals=store.url(tmp_path.name), volumes=[])
+
+    def test_a_pod_that_goes_waits_for_checkpoints_and_leaves_no_trace(
+        self, place: Place, server: ApiServer, operator: KubeRay
+    ) -> None:
+        journal, backend, handle = place.running()
+        KubernetesApi(Namespace(NAMESPACE, handle["kubeconfig"])).delete(handle["name"], handle["uid"])
+        place.until(lambda: backend.status(handle).phase is Phase.ENDED)
+        view = Journal(journal.directory).view()
+        assert view.state is JobState.INTERRUPTED
+        assert view.candidate("small").gang.checkpoint_step == view.candidate("small").latest["step"]
+        assert not places.exists(alive_file(Path(handle["stop_file"])))

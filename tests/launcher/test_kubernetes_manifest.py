@@ -1,9 +1,8 @@
 """The RayJob of a job: its options, its golden form, KubeRay's schema, and what its scripts do."""
 
 import os
-import shlex
 import subprocess
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,33 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from launcher.attend import ask_to_stop
 from launcher.backends.kubernetes import kubernetes_job, render_job
 from launcher.backends.kubernetes_manifest import KubernetesJob, job_name, render, to_yaml
 from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.cluster import GIBI
 from launcher.clusters import cluster_of, placement_problems
+from launcher.environment import python_environment
+from launcher.pod import alive_file
 from launcher.policy import TEMPORARY_EXIT_CODE
 from launcher.problems import SpecError
-from launcher.profiles import KubernetesProfile, load_profiles
+from launcher.profiles import KubernetesProfile, Scratch, load_profiles
 from launcher.spec import JobSpec
 from tests.launcher.kubernetes_schema import crd, kuberay_refuses, unknown_fields, wrong_by_crd
 from tests.launcher.made import new_journal, spec_document
+from tests.services.running import until
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-JOURNAL = Path("/espalier/jobs/tiny-3fa9c1")
+JOURNAL = "/espalier/jobs/tiny-3fa9c1"
+STORED = f"s3://models/tiny-3fa9c1#{JOURNAL}"
 
 JOB = KubernetesJob(
     job_id="tiny-3fa9c1",
     name=job_name("tiny-3fa9c1", JOURNAL, 1),
     journal=JOURNAL,
-    working_directory=Path("/espalier/anna's files"),
-    log=JOURNAL / "logs" / "coordinator.log",
-    stop_file=JOURNAL / "cluster" / "stop",
+    entry="cd '/espalier/anna'\"'\"'s files'",
+    log=Path(JOURNAL) / "logs" / "coordinator.log",
+    stop_file=f"{JOURNAL}/cluster/stop",
     ray_version="2.60.0",
     threads_per_rank=4,
     environment={"RAY_USAGE_STATS_ENABLED": "0"},
@@ -72,11 +76,28 @@ OPERATORS = KubernetesProfile.model_validate(
         "priority_classes": ["low"],
     }
 )
+IN_STORE = replace(
+    JOB,
+    journal=STORED,
+    entry=f"mkdir -p {JOURNAL}/logs && {{ cd /work 2> /dev/null || cd {JOURNAL}; }}",
+    stop_file=f"s3://models/tiny-3fa9c1/cluster/stop#{JOURNAL}/cluster/stop",
+    copies=Path(JOURNAL).parent,
+)
+SCRATCH = KubernetesProfile.model_validate(
+    {
+        "image": "espalier:1",
+        "scratch": {"gib": 500, "storage_class": "local-nvme"},
+        "environment": {"AWS_ENDPOINT_URL": "https://s3.lab"},
+        "secret_environment": {"AWS_SECRET_ACCESS_KEY": {"secret": "store", "key": "password"}},
+    }
+)
 PLAIN = KubernetesProfile.model_validate({"image": "espalier:1", "volumes": [{"claim": "home", "mount": "/espalier"}]})
 CASES = {
-    "kubernetes-gpus.yaml": (ASKED, OPERATORS),
-    "kubernetes-plain.yaml": (KubernetesOptions(cpus_per_node=8), PLAIN),
+    "kubernetes-gpus.yaml": (JOB, ASKED, OPERATORS),
+    "kubernetes-plain.yaml": (JOB, KubernetesOptions(cpus_per_node=8), PLAIN),
+    "kubernetes-objects.yaml": (IN_STORE, KubernetesOptions(nodes=2, cpus_per_node=8), SCRATCH),
     "kubernetes-volcano.yaml": (
+        JOB,
         KubernetesOptions(nodes=2, queue="research", priority_class="low"),
         OPERATORS.model_copy(update={"queue_kind": "volcano"}),
     ),
@@ -85,7 +106,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_manifest_is_the_golden_one_without_unknown_fields(name: str) -> None:
-    manifest = render(JOB, *CASES[name])
+    manifest = render(*CASES[name])
     text = to_yaml(manifest)
     assert text == (GOLDEN / name).read_text(encoding="utf-8")
     assert yaml.safe_load(text) == manifest
@@ -98,12 +119,12 @@ def test_manifests_hold_to_kuberay_s_own_schemas(plural: str) -> None:
     schema = crd(plural)
     if schema is None:
         pytest.skip("KubeRay's schemas do not lie beside the project")
-    for options, profile in CASES.values():
-        manifest = render(JOB, options, profile)
+    for case in CASES.values():
+        manifest = render(*case)
         if plural == "rayclusters":
             manifest = manifest | {"kind": "RayCluster", "spec": manifest["spec"]["rayClusterSpec"]}
         assert wrong_by_crd(manifest, schema) == []
-    misspelt = render(JOB, *CASES["kubernetes-plain.yaml"])
+    misspelt = render(*CASES["kubernetes-plain.yaml"])
     misspelt["spec"]["rayClusterSpec" if plural == "rayjobs" else "headGroupSpec"] = {"headGroupSpecs": {}}
     assert wrong_by_crd(misspelt, schema)
 
@@ -128,7 +149,7 @@ def test_every_pod_is_one_node_of_ray_and_all_are_alike() -> None:
 def test_nobody_but_the_dispatcher_tries_again_and_kueue_lets_jobs_in() -> None:
     spec = render(JOB, ASKED, OPERATORS)["spec"]
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"], spec["suspend"]) == (0, True, True)
-    assert "suspend" not in render(JOB, *CASES["kubernetes-volcano.yaml"])["spec"]
+    assert "suspend" not in render(*CASES["kubernetes-volcano.yaml"])["spec"]
 
 
 def test_secrets_are_named_and_not_held() -> None:
@@ -141,7 +162,7 @@ def test_secrets_are_named_and_not_held() -> None:
 def test_names_are_labels_of_kuberay_s_length_and_never_of_two_jobs() -> None:
     longest = "a" * 63 + "-3fa9c1"
     names = {
-        job_name(job_id, Path(home) / job_id, epoch, attempt)
+        job_name(job_id, f"{home}/{job_id}", epoch, attempt)
         for job_id in ("tiny-3fa9c1", "tiny.3fa9c1", "tiny_3fa9c1", longest, longest + "x", "9-lives")
         for home in ("/a", "/b")
         for epoch in (1, 9999)
@@ -226,21 +247,44 @@ def test_the_planner_sees_the_pods(tmp_path: Path) -> None:
     assert (cpus.device_kind, cpus.devices, cpus.memory_bytes_per_device) == ("cpu", 12, 16 * GIBI)
 
 
+def test_copies_of_what_is_in_a_store_are_on_a_volume_that_goes_with_the_pod() -> None:
+    def copies(profile: KubernetesProfile, job: KubernetesJob = IN_STORE) -> list[dict[str, Any]]:
+        spec = render(job, KubernetesOptions(), profile)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        mounts = [one["mountPath"] for one in spec["containers"][0]["volumeMounts"] if one["name"] == "copies"]
+        found = [one for one in spec["volumes"] if one["name"] == "copies"]
+        assert mounts == [str(Path(JOURNAL).parent)] * len(found)
+        return found
+
+    plain = KubernetesProfile(image="x")
+    assert copies(plain) == [{"name": "copies", "emptyDir": {}}]
+    limited = plain.model_copy(update={"scratch": Scratch(gib=2)})
+    assert copies(limited) == [{"name": "copies", "emptyDir": {"sizeLimit": "2048Mi"}}]
+    assert copies(PLAIN) == copies(plain, JOB) == []  # a volume holds them; nothing is copied
+
+
+COORDINATOR = """
+import sys, time
+from pathlib import Path
+folder, told = Path({folder!r}), sys.argv[1:]
+{body}
+"""
+
+
 class Pod:
-    """Runs what a rendered RayJob would run in its head's pod."""
+    """Runs what a rendered RayJob would run in its head's pod; ``coordinator`` is what runs there, as Python."""
 
     def __init__(self, folder: Path, coordinator: str) -> None:
         self.journal = new_journal(folder / "home" / "jobs", execution={"backend": "kubernetes"})
         self.journal.log_path("coordinator").parent.mkdir(parents=True, exist_ok=True)
-        self.journal.cluster_dir.mkdir()
         (folder / "bin").mkdir()
-        for name, text in (("python", coordinator), ("ray", f"touch {folder}/stopped")):
-            path = folder / "bin" / name
-            path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
-            path.chmod(0o755)
-        self.environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
-        self.job = kubernetes_job(self.journal.spec(), self.journal, "job-1", "esp-x-e1", folder)
-        manifest = render_job(self.journal.spec(), PLAIN, self.job)
+        (folder / "bin" / "ray").write_text(f"#!/bin/sh\ntouch {folder}/stopped\n", encoding="utf-8")
+        (folder / "bin" / "ray").chmod(0o755)
+        text = COORDINATOR.format(folder=str(folder), body=coordinator)
+        (folder / "in_place_of_a_coordinator.py").write_text(text, encoding="utf-8")
+        self.environment = python_environment() | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        job = kubernetes_job(self.journal.spec(), self.journal, "job-1", "esp-x-e1", folder, "in_place_of_a_coordinator")
+        self.stop_file = Path(job.stop_file)
+        manifest = render_job(self.journal.spec(), PLAIN.model_copy(update={"python": sys.executable}), job)
         self.entrypoint = manifest["spec"]["entrypoint"]
         template = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
         self.before_the_end = template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -250,29 +294,42 @@ class Pod:
 
 
 def test_the_entrypoint_tells_how_the_coordinator_ended_and_leaves_nothing(tmp_path: Path) -> None:
-    pod = Pod(tmp_path, 'echo "$@"; exit 3')
-    pod.job.stop_file.touch()  # of a life before a suspension
+    pod = Pod(tmp_path, "print(*told); sys.exit(3)")
+    ask_to_stop(pod.stop_file)  # of a life before a suspension
     assert pod.start().wait(20) == 3
-    assert not pod.job.alive_file.exists()
+    assert not alive_file(pod.stop_file).exists()
     told = pod.journal.log_path("coordinator").read_text(encoding="utf-8")
-    assert shlex.split(told)[:2] == ["-m", "launcher.attend"]
-    assert "--address auto --nodes 1" in told
+    assert told.strip() == f"{pod.journal.directory} --address auto --nodes 1"
 
 
 def test_a_life_that_was_cut_off_is_not_followed_by_another_of_the_same_submission(tmp_path: Path) -> None:
-    pod = Pod(tmp_path, "exit 0")
-    pod.job.alive_file.touch()
+    pod = Pod(tmp_path, "time.sleep(60)")
+    cut_off = pod.start()
+    until(alive_file(pod.stop_file).exists, 20)
+    cut_off.kill()
+    cut_off.wait()
     assert pod.start().wait(20) == TEMPORARY_EXIT_CODE
-    assert pod.start().wait(20) == 0
+    assert "cut off" in pod.journal.log_path("coordinator").read_text(encoding="utf-8")
+    assert not alive_file(pod.stop_file).exists()
 
 
 def test_a_pod_that_has_to_go_waits_for_checkpoints(tmp_path: Path) -> None:
-    pod = Pod(tmp_path, f'while [ ! -e "$3" ]; do sleep 0.1; done; sleep 1; touch {tmp_path}/saved; exit 3')
+    body = """
+import signal
+def save(*_):
+    time.sleep(1)
+    (folder / "saved").touch()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+(folder / "up").touch()
+time.sleep(60)
+"""
+    pod = Pod(tmp_path, body)
     runs = pod.start()
-    while not pod.job.alive_file.exists():
-        time.sleep(0.05)
+    until((tmp_path / "up").exists, 20)
+    runs.terminate()  # everybody in the pod is sent that, and the coordinator must not hear it twice
     subprocess.run(pod.before_the_end, env=pod.environment, timeout=20, check=True)
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "stopped").exists()
     assert runs.wait(20) == 3
-    subprocess.run(pod.before_the_end, env=pod.environment, timeout=2, check=True)  # nothing to wait for
+    subprocess.run(pod.before_the_end, env=pod.environment, timeout=10, check=True)  # nothing to wait for

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from launcher import workers
+from launcher import pool, workers
 from launcher.policy import Cause
+from launcher.pool import Pool, Task, TaskFailed
+from launcher.session import Room
 from launcher.workers import GroupShape, RankEnded, RankFacts, WorkerGroup
+from tests.launcher.made import new_journal
 
 
 class FakeRay:
@@ -18,10 +21,13 @@ class FakeRay:
     def __init__(self) -> None:
         self.nodes_alive = ["here", "there"]
 
+    def kill(self, actor: "FakeActor", no_restart: bool) -> None:
+        pass
+
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": node, "Alive": True} for node in self.nodes_alive]
 
-    def wait(self, refs: list["Call"], num_returns: int, timeout: float) -> tuple[list["Call"], list["Call"]]:
+    def wait(self, refs: list["Call"], num_returns: int = 1, timeout: float = 0) -> tuple[list["Call"], list["Call"]]:
         ready = [ref for ref in refs if ref.answered]
         return ready, [ref for ref in refs if not ref.answered]
 
@@ -51,6 +57,7 @@ class FakeActor:
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.facts = self.poll = FakeMethod(answer)
+        self.run = FakeMethod(_unreachable)
 
 
 FACTS = [RankFacts(0, 1, "n1", "here", "", ()), RankFacts(1, 2, "n2", "there", "", ())]
@@ -60,6 +67,7 @@ FACTS = [RankFacts(0, 1, "n1", "here", "", ()), RankFacts(1, 2, "n2", "there", "
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     found = FakeRay()
     monkeypatch.setattr(workers, "ray", found)
+    monkeypatch.setattr(pool, "ray", found)
     return found
 
 
@@ -132,3 +140,42 @@ def test_a_rank_that_does_not_answer_is_doubted(fake: FakeRay, monkeypatch: pyte
     assert group.unsure()
     group._asked_at = {0: float("inf")}
     assert not group.unsure()
+
+
+class Held:
+    """A reservation."""
+
+    def give_back(self) -> None:
+        pass
+
+
+def _pool_at_work(folder: Path, fate: Callable[[], Any]) -> Pool:
+    """One worker, whose task has failed, and which answers no other question than with its fate."""
+    journal = new_journal(folder)
+    journal.claim_epoch()
+    found = Pool(journal, Room(1, 1, False, 1), max_restarts=0, check=lambda: None, memory_bytes=1)
+    worker = pool._Worker(0, Held(), folder / "log", FakeActor(fate), facts=FACTS[1], task=Task("prune", "f"))
+    worker.call = worker.actor.run.remote()
+    found._workers = [worker]
+    return found
+
+
+def test_a_task_that_is_lost_with_its_node_says_nothing_about_the_task(fake: FakeRay, tmp_path: Path) -> None:
+    fate = [_unreachable()]
+    lost = _pool_at_work(tmp_path, lambda: fate[0])
+    for _ in range(5):
+        assert lost._collect(lambda *_: None) == []
+    fate[0], fake.nodes_alive = ActorDiedError(), ["here"]
+    assert lost._collect(lambda *_: None) == []
+    assert [task.name for task in lost._collect(lambda *_: None)] == ["prune"]  # though it may not be lost even once
+    assert lost._workers == []
+
+
+@pytest.mark.parametrize(("fate", "told"), [(ActorDiedError, "is gone"), (list, "lost the connection")])
+def test_a_worker_that_died_alone_or_lost_its_task_counts(
+    fake: FakeRay, tmp_path: Path, fate: Callable[[], Any], told: str
+) -> None:
+    lost = _pool_at_work(tmp_path, fate)
+    lost._collect(lambda *_: None)
+    with pytest.raises(TaskFailed, match=told):
+        lost._collect(lambda *_: None)

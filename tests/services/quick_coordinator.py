@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher.context import STOPPED, STOPPING
 from launcher.control import Control
 from launcher.coordinator import EXIT_STALE, parse
-from launcher.journal import Journal, StaleEpochError
+from launcher.journal import Journal, StaleEpochError, open_journal
 from launcher.states import JobState
 
 STEP_SECONDS = 0.05
@@ -25,7 +25,7 @@ CHECKPOINT_EVERY = 5
 def main() -> int:
     """Entry point of the process."""
     options = parse()
-    journal = Journal(options.journal)
+    journal = open_journal(options.journal)
     control = Control(journal, options.keeper, poll_seconds=0.1)
     control.listen()
     try:

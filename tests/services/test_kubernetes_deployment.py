@@ -17,8 +17,9 @@ from tests.services.running import ROOT
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 BASE = FOLDER / "base"
-OVERLAYS = ("production", "single-node")
+OVERLAYS = ("object-store", "production", "single-node")
 HOME = "/var/lib/espalier"
+STORE = "espalier-store"
 COMPONENT = "app.kubernetes.io/component"
 
 
@@ -149,9 +150,10 @@ def test_nothing_goes_over_the_network_but_what_the_parts_need() -> None:
     assert jobs.items() <= MANAGED_BY.items()
 
 
-@pytest.mark.parametrize(
-    "path", [BASE / "settings.yaml", FOLDER / "overlays" / "production" / "settings.yaml"], ids=str
-)
+SETTINGS = [BASE, FOLDER / "overlays" / "production", FOLDER / "overlays" / "object-store"]
+
+
+@pytest.mark.parametrize("path", [folder / "settings.yaml" for folder in SETTINGS], ids=str)
 def test_the_settings_are_read_as_they_stand(path: Path, tmp_path: Path) -> None:
     (settings,) = documents(path)
     for name in ("service.yaml", "profiles.yaml"):
@@ -161,6 +163,12 @@ def test_the_settings_are_read_as_they_stand(path: Path, tmp_path: Path) -> None
     assert service.mlflow == "http://espalier-mlflow:5000"
     assert service.database_url == "postgresql://espalier@espalier-postgres/espalier"
     assert (profile.run_as_user, profile.fs_group, profile.namespace) == (10001, 10001, "espalier")
+    if service.journals:
+        assert (profile.volumes, service.roots) == ([], None)
+        assert {(one.secret, one.key) for one in profile.secret_environment.values()} == {
+            (STORE, variable) for variable in profile.secret_environment
+        }
+        return
     assert [(one.claim, one.mount) for one in profile.volumes] == [("espalier-home", HOME)]
     assert service.roots is not None
     assert all(root.is_relative_to(HOME) for root in service.roots)
@@ -182,7 +190,15 @@ def test_kustomize_puts_the_overlay_together(overlay: str) -> None:
     folder = FOLDER / "overlays" / overlay
     ended = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=120, check=True)
     made = [one for one in yaml.safe_load_all(ended.stdout) if one]
-    assert {(one["kind"], named(one)) for one in BASE_OBJECTS} <= {(one["kind"], named(one)) for one in made}
+    missing = {(one["kind"], named(one)) for one in BASE_OBJECTS} - {(one["kind"], named(one)) for one in made}
+    assert missing == ({("PersistentVolumeClaim", "espalier-home")} if overlay == "object-store" else set())
     assert {one["metadata"].get("namespace") for one in made if one["kind"] != "Namespace"} == {"espalier"}
     (space,) = [one for one in made if one["kind"] == "Namespace"]
     assert space["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
+    for workload in [one for one in made if named(one) in ("espalier-api", "espalier-dispatcher")]:
+        if workload["kind"] == "Deployment":
+            (home,) = [one for one in workload["spec"]["template"]["spec"]["volumes"] if one["name"] == "home"]
+            (container,) = workload["spec"]["template"]["spec"]["containers"]
+            in_store = overlay == "object-store"
+            assert ("emptyDir" in home, "persistentVolumeClaim" in home) == (in_store, not in_store)
+            assert container.get("envFrom") == ([{"secretRef": {"name": STORE}}] if in_store else None)
