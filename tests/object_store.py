@@ -119,6 +119,15 @@ class ObjectStore:
 
 
 @contextmanager
+def clients_of(store: ObjectStore) -> Iterator[None]:
+    """New clients of this process, and of its children, ask this store inside the block, whether it is up or not."""
+    with mock.patch.dict(os.environ, store.environment):
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # it does not look at the environment again
+        yield
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@contextmanager
 def object_store(host: str = "127.0.0.1") -> Iterator[ObjectStore]:
     """Up inside the block, for clients in this process and its children. ``host``: an address of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="esp-s3-", dir="/tmp"))
@@ -132,7 +141,7 @@ def object_store(host: str = "127.0.0.1") -> Iterator[ObjectStore]:
     store = ObjectStore(folder, lasting_ports(8), host)
     try:
         store.start()
-        with mock.patch.dict(os.environ, store.environment):
+        with clients_of(store):
             yield store
     finally:
         if store.process is not None and store.process.poll() is None:

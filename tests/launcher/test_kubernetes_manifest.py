@@ -282,7 +282,9 @@ class Pod:
         text = COORDINATOR.format(folder=str(folder), body=coordinator)
         (folder / "in_place_of_a_coordinator.py").write_text(text, encoding="utf-8")
         self.environment = python_environment() | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
-        job = kubernetes_job(self.journal.spec(), self.journal, "job-1", "esp-x-e1", folder, "in_place_of_a_coordinator")
+        job = kubernetes_job(
+            self.journal.spec(), self.journal, "job-1", "esp-x-e1", folder, "in_place_of_a_coordinator"
+        )
         self.stop_file = Path(job.stop_file)
         manifest = render_job(self.journal.spec(), PLAIN.model_copy(update={"python": sys.executable}), job)
         self.entrypoint = manifest["spec"]["entrypoint"]

@@ -1,24 +1,28 @@
 """Whole jobs whose journals are in a real S3 server, which is killed and started again while they run."""
 
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher import attend, coordinator, pod
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, collect_garbage, create_job, list_jobs, run_job
 from launcher.journal import StaleEpochError, open_journal
+from launcher.policy import TEMPORARY_EXIT_CODE
 from launcher.problems import SpecError
 from launcher.states import JobState
 from launcher.validate import check
 from parallelism import places
+from parallelism.objects import ObjectTree
 from services.submission import make_request
 from tests.finished import STEPS
 from tests.launcher.faults import FaultPlan
 from tests.launcher.outages import Outages, brought, spec_of, steps_told
-from tests.object_store import ObjectStore, forgetful_store, object_store
+from tests.object_store import ObjectStore, clients_of, forgetful_store, object_store
 
 FAULTY = "tests.launcher.faulty_coordinator"
 
@@ -109,3 +113,17 @@ def test_a_back_end_that_needs_shared_files_is_refused_beforehand(store: ObjectS
 def test_a_store_that_cannot_hold_journals_is_refused_beforehand(store: ObjectStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="ignores If-None-Match"):
         make_request(spec_of(tmp_path), Home(tmp_path / "home", forgetful_store()))
+
+
+def test_a_store_that_stays_away_ends_the_attempt_and_not_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs = tmp_path / "jobs"
+    away = f"s3://jobs/away/job#{jobs}/job"
+    monkeypatch.setattr(sys, "argv", ["attend", away, "sleep", "60"])
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with clients_of(ObjectStore(tmp_path, [9])):  # nobody answers there
+        places.mirror(jobs, ObjectTree("s3://jobs/away", patience_seconds=0.0))
+        assert coordinator.main([away, "--address", "own"]) == TEMPORARY_EXIT_CODE
+        assert pod.main(["run", away, "true"]) == TEMPORARY_EXIT_CODE
+        assert attend.main() == TEMPORARY_EXIT_CODE
