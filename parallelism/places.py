@@ -154,6 +154,20 @@ def read_range(path: str | Path, start: int, count: int) -> bytes:
     return content
 
 
+def pieces(path: str | Path, start: int, end: int, piece_bytes: int) -> Iterator[bytes]:
+    """The bytes [``start``, ``end``) of a file, a piece at a time; none of it is kept."""
+    path = Path(path)
+    if is_mirrored(path):
+        for begin in range(start, end, piece_bytes):
+            yield read_range(path, begin, min(piece_bytes, end - begin))
+        return
+    with open(path, "rb") as file:
+        file.seek(start)
+        while start < end and (piece := file.read(min(piece_bytes, end - start))):
+            yield piece
+            start += len(piece)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small file: readers see the whole of it or nothing. Raises ``OSError``."""
     path = Path(path)

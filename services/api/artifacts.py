@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import tempfile
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from launcher.tracking import page_url
 from parallelism import places
 from services.api.context import Service, service_of
 from services.api.documents import FileDocument, FrontierDocument, VariantDocument
+from services.api.files import send_file
 from services.api.jobs import JobId, Reader, base_url
 from services.api.problems import Refusal, responses
 from services.web.frontier import frontier_page
@@ -131,12 +131,12 @@ def variant_file(
     files = _files(journal, row)
     if file not in files:
         raise Refusal(404, "the variant has no file of that name: GET …/variants/NAME lists them")
-    path, _ = files[file]
+    path, size = files[file]
     digest = _checksum(path, file, _export_checksums(journal, row["name"]))
     encoded = base64.b64encode(bytes.fromhex(digest)).decode()
     headers = {"ETag": f'"{digest}"', "Repr-Digest": f"sha-256=:{encoded}:", "Cache-Control": "no-cache"}
     name = f"{job_id}-{candidate}-{recipe}-{Path(file).name}"
-    return FileResponse(places.need(path), media_type="application/octet-stream", headers=headers, filename=name)
+    return send_file(request, path, size, headers, name)
 
 
 @router.get(
@@ -215,20 +215,13 @@ def _export_checksums(journal: Journal, name: str) -> dict[str, str]:
 def _checksum(path: Path, name: str, known: dict[str, str]) -> str:
     if name in known:
         return known[name]
-    facts = places.need(path).stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns)
+    return _sha256(path, places.size(path), places.modified(path))
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, changed: float) -> str:
     """Of a file that has not changed since: its size and time are part of the question."""
     digest = hashlib.sha256()
-    for piece in _pieces(path):
+    for piece in places.pieces(path, 0, size, HASH_BYTES):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(HASH_BYTES):
-            yield piece
