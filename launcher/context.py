@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.actors.pool import Pool, cluster_memory_bytes
+from launcher.actors.session import Room
+from launcher.actors.system import SystemMetrics
+from launcher.actors.workers import TRAIN
 from launcher.control import Control, Stopped
 from launcher.journal import Journal
-from launcher.pool import Pool, cluster_memory_bytes
-from launcher.session import Room
 from launcher.spec import JobSpec
 from launcher.states import JobState
-from launcher.system import SystemMetrics
-from launcher.workers import TRAIN
 from parallelism.stop import StopReason
 
 POLL_SECONDS = 0.1

@@ -15,17 +15,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.actors.copies import leave, leave_nodes
+from launcher.actors.session import OWN, RayStartError, Room, own_servers, ray_session
+from launcher.actors.system import NodeLostError, Nodes
+from launcher.actors.versions import VersionsDiffer, check_dispatched
+from launcher.actors.workers import TRAIN
 from launcher.context import STOPPED, JobContext, Stage
 from launcher.control import Control, Stopped
-from launcher.copies import leave, leave_nodes
 from launcher.journal import Journal, StaleEpochError, open_journal
 from launcher.life import show_life
 from launcher.policy import EXIT_DONE, EXIT_FAILED, EXIT_STALE, EXIT_STOPPED, TEMPORARY_EXIT_CODE
-from launcher.session import OWN, RayStartError, Room, own_servers, ray_session
 from launcher.states import RESTING, JobState
-from launcher.system import NodeLostError, Nodes
-from launcher.versions import VersionsDiffer, check_dispatched
-from launcher.workers import TRAIN
 from parallelism import places
 from parallelism.objects import StoreAwayError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from launcher.actors.versions import note_dispatch
 from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Handle, Phase, make_backend
 from launcher.journal import Journal
 from launcher.policy import CoordinatorEnd, GiveUp, after_coordinator_end
@@ -16,8 +17,7 @@ from launcher.processes import end_processes
 from launcher.profiles import JOBS
 from launcher.spec import JobSpec
 from launcher.states import FINAL, RESTING, JobState, can_continue
-from launcher.tracking import FeederProcess
-from launcher.versions import note_dispatch
+from launcher.tracking.process import FeederProcess
 from parallelism import places
 from parallelism.objects import PATIENCE_SECONDS, ObjectTree
 

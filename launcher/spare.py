@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.actors.session import OWN, RayStartError, ray_session
+from launcher.actors.workers import send_output_to
 from launcher.backends.spare import READY, WARM, Claim, read_claim
 from launcher.coordinator import Options, coordinate
 from launcher.journal import open_journal
-from launcher.session import OWN, RayStartError, ray_session
-from launcher.workers import send_output_to
 
 POLL_SECONDS = 0.05
 WORKERS_SECONDS = 60.0

@@ -19,7 +19,7 @@ from launcher.problems import SpecError
 from launcher.result import result_document
 from launcher.spec import load_spec
 from launcher.states import JobState
-from launcher.tracking import EXIT_DONE, default_uri, page_url
+from launcher.tracking.process import EXIT_DONE, default_uri, page_url
 from services import tables
 from services.commands import continuing, operate, render, service
 from services.commands.demonstration import demo_job
@@ -269,7 +269,7 @@ def track(job: JobArgument, tracking: TrackingOption = None, home: HomeOption = 
     """Feed MLflow with what it does not have of a job yet, from the job's journal."""
     journal = find_job(home_at(home), job)
     uri = tracking or default_uri(home_at(home).path)
-    command = [sys.executable, "-m", "launcher.tracking", journal.location, "--uri", uri, "--once"]
+    command = [sys.executable, "-m", "launcher.tracking.process", journal.location, "--uri", uri, "--once"]
     ended = subprocess.run(command, check=False)
     if ended.returncode != EXIT_DONE:
         raise typer.Exit(EXIT_FAILED)

@@ -8,9 +8,9 @@ import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from launcher.backends.base import BACKENDS
-from launcher.cluster import GIBI
 from launcher.environment import default_devices
 from launcher.jobs import Home
+from launcher.planning.cluster import GIBI
 from launcher.problems import Problem, SpecError, of_validation
 from parallelism.data.sources import ALLOWED_PROTOCOLS
 from parallelism.options import Options

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import Cluster, h100_cluster
-from launcher.clusters import cluster_of
 from launcher.jobs import Home, create_job
 from launcher.journal import Journal
-from launcher.plan import Plan, make_plan
+from launcher.planning.cluster import Cluster, h100_cluster
+from launcher.planning.clusters import cluster_of
+from launcher.planning.plan import Plan, make_plan
+from launcher.planning.sources import with_source_tokenizer
+from launcher.planning.validate import check, vocabulary_size
 from launcher.problems import Problem, SpecError
-from launcher.sources import with_source_tokenizer
 from launcher.spec import JobSpec, parse_spec
-from launcher.tracking_records import flatten
-from launcher.validate import check, vocabulary_size
+from launcher.tracking.records import flatten
 from parallelism.data.errors import DataError
 from parallelism.data.sources import inspect
 

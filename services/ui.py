@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launcher.tracking import UI_PORT, artifacts_beside, default_uri
+from launcher.tracking.process import UI_PORT, artifacts_beside, default_uri
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
@@ -59,7 +59,7 @@ def mlflow_command(home: Path, port: int) -> list[str]:
     assert artifacts is not None, "the home's store is a SQLite file"
     artifacts.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "services.keeper", str(os.getpid())]
-    command += [sys.executable, "-m", "launcher.tracking_server", uri]
+    command += [sys.executable, "-m", "launcher.tracking.server", uri]
     return [*command, "--host", HOST, "--port", str(port), "--workers", "1", "--artifacts-destination", str(artifacts)]
 
 

@@ -39,8 +39,8 @@ from launcher.journal import Journal
 from launcher.processes import local_processes
 from launcher.result import result_document
 from launcher.states import RESTING, JobState
-from launcher.tracking import default_uri
-from launcher.tracking_feed import JOB_TAG, RUN_TAG
+from launcher.tracking.feed import JOB_TAG, RUN_TAG
+from launcher.tracking.process import default_uri
 from parallelism.checkpoint_store import MANIFEST
 from services.client import Client, ServiceError
 from services.store.database import Database

@@ -23,7 +23,8 @@ from launcher.journal import Journal
 
 MODULE = "launcher.spare"
 CLAIM, READY, WARM, LOG = "claim.json", "ready", "warm.", "spare.log"
-EARLY = ("parallelism.run", "parallelism.engines.megatron", "compression.tasks", "torch._dynamo", "launcher.warm")
+LOADED = "launcher.backends.warm"
+EARLY = ("parallelism.run", "parallelism.engines.megatron", "compression.tasks", "torch._dynamo", LOADED)
 KEPT = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
 """Ray ends idle workers after a second, once others hold devices; training shall find those that preparing left."""
 FOLDER = "ESPALIER_SPARE"

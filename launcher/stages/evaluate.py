@@ -3,9 +3,9 @@
 import time
 
 from compression.results import Quality, Variant, VariantFile
+from launcher.actors.pool import Task
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from launcher.stages.compress import compressed, dense_candidates, variant_files
 from launcher.stages.recover import recovered_files
 from launcher.stages.work import Dense

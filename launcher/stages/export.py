@@ -5,9 +5,9 @@ from pathlib import Path
 
 from compression.report import mark_frontier
 from compression.results import ExportResult, Variant, Verification
+from launcher.actors.pool import Task
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from launcher.stages.evaluate import measured_qualities, measured_variants, text_arguments
 
 EXPORT, VERIFY = "export", "verify"

@@ -2,9 +2,9 @@
 
 from compression.harness import HarnessConfig
 from compression.results import ExportResult
+from launcher.actors.pool import Task
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from launcher.stages.export import exported
 
 CHECK, STAGE = "harness-check", "harness"

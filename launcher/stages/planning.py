@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-from launcher.cluster import Cluster, local_cluster
+from launcher.actors.session import Room
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.plan import DOCUMENT, LAYOUTS, CandidatePlan, Plan, make_plan, read_plan, with_layouts
-from launcher.session import Room
+from launcher.planning.cluster import Cluster, local_cluster
+from launcher.planning.plan import DOCUMENT, LAYOUTS, CandidatePlan, Plan, make_plan, read_plan, with_layouts
 from launcher.spec import CandidateSpec, JobSpec
 from launcher.stages.prepare import STAGE as PREPARE
 from parallelism.layout import Layout

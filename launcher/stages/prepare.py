@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from launcher.actors.pool import Task
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from parallelism import places
 from parallelism.data.config import DataConfig
 from parallelism.data.prepared import PreparedData

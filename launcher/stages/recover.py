@@ -15,10 +15,10 @@ from compression.recipe import Recipe, grid
 from compression.recovery import start_point
 from compression.reduced import reduced_config
 from compression.results import VariantFile
+from launcher.actors.gang import CandidateRun
+from launcher.actors.pool import Task
 from launcher.context import JobContext
-from launcher.gang import CandidateRun
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from launcher.stages.compress import allotment_of, compressed, dense_candidates, variant_files
 from launcher.stages.planning import settled_plan
 from launcher.stages.train import LAYOUT_ONLY, RunPlan, candidate_run

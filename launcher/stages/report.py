@@ -4,9 +4,9 @@ from typing import Any
 
 from compression.report import mark_frontier, short_number
 from compression.results import Variant
+from launcher.actors.pool import Task
 from launcher.context import JobContext
 from launcher.journal import hash_inputs
-from launcher.pool import Task
 from launcher.stages.evaluate import measured_variants
 from launcher.stages.export import exported
 from launcher.stages.harness import harness_scores

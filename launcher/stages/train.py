@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from launcher.actors.gang import CandidateRun
+from launcher.actors.workers import GroupShape
 from launcher.context import JobContext
-from launcher.gang import CandidateRun
 from launcher.journal import hash_inputs
-from launcher.plan import CandidatePlan
-from launcher.planned import PlannedRun
+from launcher.planning.plan import CandidatePlan
+from launcher.planning.planned import PlannedRun
 from launcher.stages.planning import candidate_plans
 from launcher.stages.prepare import STAGE as PREPARE
 from launcher.stages.training import failures, train_candidates
-from launcher.workers import GroupShape
 from parallelism.budget import Budget, Burnt
 from parallelism.checkpoint_store import CheckpointInfo
 from parallelism.layout import Layout

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 
+from launcher.actors.gang import ACTIVE, OVER, CandidateRun, Phase
 from launcher.context import POLL_SECONDS, JobContext
 from launcher.control import Stopped
-from launcher.gang import ACTIVE, OVER, CandidateRun, Phase
 from launcher.journal import StaleEpochError
 from launcher.policy import fits, side_by_side
 from parallelism.stop import StopReason

@@ -2,9 +2,9 @@
 
 Shards of text go through a layer side by side, and the next layer waits for the last of them; a layer whose shards are
 through is compressed at once by all recipes, and its statistics are deleted, so that the disk holds those of a few
-layers only (:mod:`launcher.disk`). Where a recipe's strength follows from a look at all layers, the layers are measured
-first, and the statistics stay until the end. With ``statistics: sequential``, recipes that need statistics are chains
-of their own. Torch-free.
+layers only (:mod:`launcher.planning.disk`). Where a recipe's strength follows from a look at all layers, the layers are
+measured first, and the statistics stay until the end. With ``statistics: sequential``, recipes that need statistics are
+chains of their own. Torch-free.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +17,8 @@ from compression.recipe import Recipe, Strength
 from compression.results import LayerResult, VariantFile
 from compression.text import CalibrationText, shards
 from compression.workspace import Workspace, chain_directory
+from launcher.actors.pool import Task
 from launcher.context import JobContext
-from launcher.pool import Task
 from parallelism.models.base import ModelConfig
 
 

@@ -17,7 +17,7 @@ from compression.results import Variant
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.states import JobState
-from launcher.tracking import page_url
+from launcher.tracking.process import page_url
 from parallelism import places
 from services.api.context import Service, service_of
 from services.api.documents import FileDocument, FrontierDocument, VariantDocument

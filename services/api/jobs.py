@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ValidationError
 
 from launcher.jobs import free_disk_bytes
-from launcher.plan import with_layouts
+from launcher.planning.plan import with_layouts
 from launcher.problems import Problem, SpecError, of_validation
 from launcher.spec import JobSpec, parse_spec
 from launcher.states import JobState

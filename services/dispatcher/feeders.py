@@ -5,7 +5,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from launcher.jobs import Home
-from launcher.tracking import EXIT_DONE, EXIT_REFUSED, FeederProcess
+from launcher.tracking.process import EXIT_DONE, EXIT_REFUSED, FeederProcess
 
 AGAIN_SECONDS = 60.0
 CLOSE_SECONDS = 60.0

@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from launcher.actors.versions import note_dispatch
 from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Phase, make_backend
 from launcher.backends.local import LocalBackend
 from launcher.jobs import NO_TRACKING, rest_job
 from launcher.processes import end_processes
 from launcher.states import RESTING, JobState
-from launcher.versions import note_dispatch
 from services.dispatcher.deliveries import Deliveries
 from services.dispatcher.feeders import Feeders
 from services.dispatcher.leader import Leader

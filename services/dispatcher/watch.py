@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.jobs import Home
 from launcher.journal import Journal
-from launcher.plan import DOCUMENT, LAYOUTS
+from launcher.planning.plan import DOCUMENT, LAYOUTS
 from launcher.spec import JobSpec
 from launcher.states import JobState
 from launcher.view import JobView

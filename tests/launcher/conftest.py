@@ -13,7 +13,7 @@ from launcher.environment import own_cluster
 # Ray reads its environment when it is imported, which the imports below do.
 os.environ.update(own_cluster())
 
-from launcher.session import OWN, Room, ray_session
+from launcher.actors.session import OWN, Room, ray_session
 
 
 @pytest.fixture(scope="package")

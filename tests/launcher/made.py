@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import GIBI, Cluster
 from launcher.journal import Journal
+from launcher.planning.cluster import GIBI, Cluster
 from launcher.spec import JobSpec
 
 

@@ -10,9 +10,9 @@ import pytest
 from launcher.backends.base import BackendUnavailable, Phase
 from launcher.backends.local import LocalBackend
 from launcher.backends.ray import JobsApi, RayBackend, submission_id
-from launcher.clusters import cluster_of, placement_problems
 from launcher.jobs import Home, create_job, run_job
 from launcher.journal import Journal
+from launcher.planning.clusters import cluster_of, placement_problems
 from launcher.result import result_document
 from launcher.spec import JobSpec
 from launcher.states import JobState

@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 
 from launcher.backends.slurm import render_job, slurm_job
-from launcher.clusters import cluster_of
 from launcher.journal import Journal
+from launcher.planning.clusters import cluster_of
 from launcher.profiles import load_profiles
 from launcher.spec import load_spec, parse_spec
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from launcher.actors.session import Room
 from launcher.context import JobContext
 from launcher.control import Control, Stopped
 from launcher.journal import Journal
-from launcher.session import Room
 from launcher.spec import JobSpec
 from launcher.stages.compress import compress, compressed, dense_candidates, variant_files
 from launcher.stages.planning import plan

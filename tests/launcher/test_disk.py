@@ -7,11 +7,11 @@ import pytest
 
 from compression.recipe import grid
 from compression.results import LayerResult
+from launcher.actors.pool import Task
+from launcher.actors.session import Room
 from launcher.context import JobContext
 from launcher.control import Control
-from launcher.disk import calibration_disk
-from launcher.pool import Task
-from launcher.session import Room
+from launcher.planning.disk import calibration_disk
 from launcher.spec import JobSpec
 from launcher.stages.work import Dense, GridWork
 from parallelism.models.gpt.config import GPTConfig

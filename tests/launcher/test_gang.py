@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.gang import CandidateRun, Phase
+from launcher.actors.gang import CandidateRun, Phase
+from launcher.actors.session import Room
+from launcher.actors.workers import GroupShape
 from launcher.journal import Journal
-from launcher.session import Room
 from launcher.told import ToldSteps
 from launcher.view import CandidateView
-from launcher.workers import GroupShape
 from parallelism.checkpoint_store import Metrics
 from tests.launcher.made import new_journal
 
@@ -43,7 +43,7 @@ def _poll(run: CandidateRun, until: Callable[[], object]) -> None:
 def test_a_group_that_waits_for_devices_says_for_which(
     room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.reservation.SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("launcher.actors.reservation.SILENT_SECONDS", 0.1)
     journal = new_journal(tmp_path)
     journal.claim_epoch()
     run = _run(journal, world_size=8)
@@ -147,7 +147,7 @@ def test_steps_that_died_with_the_coordinator_are_told_by_the_next_group(
     for step in range(1, 8):
         kept.add({"step": step, "time": float(step)})
     checkpoint = SimpleNamespace(step=5, path=tmp_path / "checkpoint", metrics=Metrics())
-    monkeypatch.setattr("launcher.gang.adopt_newest", lambda source, target: checkpoint)
+    monkeypatch.setattr("launcher.actors.gang.adopt_newest", lambda source, target: checkpoint)
     journal.claim_epoch()
     run = _run(journal)
     (tmp_path / "job" / "candidates" / "small" / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.actors.pool import TaskFailed
+from launcher.actors.session import Room
 from launcher.context import JobContext
 from launcher.control import Control
 from launcher.journal import Journal
-from launcher.pool import TaskFailed
-from launcher.session import Room
 from launcher.spec import JobSpec
 from launcher.stages.harness import check_harness
 from launcher.stages.line import STAGES

@@ -15,9 +15,9 @@ from launcher.attend import ask_to_stop
 from launcher.backends.kubernetes import kubernetes_job, render_job
 from launcher.backends.kubernetes_manifest import KubernetesJob, job_name, render, to_yaml
 from launcher.backends.kubernetes_options import KubernetesOptions
-from launcher.cluster import GIBI
-from launcher.clusters import cluster_of, placement_problems
 from launcher.environment import python_environment
+from launcher.planning.cluster import GIBI
+from launcher.planning.clusters import cluster_of, placement_problems
 from launcher.pod import alive_file
 from launcher.policy import TEMPORARY_EXIT_CODE
 from launcher.problems import SpecError

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import environment, session
+from launcher import environment
+from launcher.actors import session
 from launcher.backends.base import BACKENDS, Phase, make_backend
 from launcher.backends.local import LocalBackend, tail
 from launcher.jobs import Home, JobError, collect_garbage, create_job, find_job, list_jobs

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from launcher import pool, workers
+from launcher.actors import pool, workers
+from launcher.actors.pool import Pool, Task, TaskFailed
+from launcher.actors.session import Room
+from launcher.actors.workers import GroupShape, RankEnded, RankFacts, WorkerGroup
 from launcher.policy import Cause
-from launcher.pool import Pool, Task, TaskFailed
-from launcher.session import Room
-from launcher.workers import GroupShape, RankEnded, RankFacts, WorkerGroup
 from tests.launcher.made import new_journal
 
 

@@ -12,10 +12,10 @@ from launcher import attend, coordinator, pod
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, collect_garbage, create_job, list_jobs, run_job
 from launcher.journal import StaleEpochError, open_journal
+from launcher.planning.validate import check
 from launcher.policy import TEMPORARY_EXIT_CODE
 from launcher.problems import SpecError
 from launcher.states import JobState
-from launcher.validate import check
 from parallelism import places
 from parallelism.objects import ObjectTree
 from services.submission import make_request
@@ -100,7 +100,7 @@ def test_what_is_half_written_down_is_completed(store: ObjectStore, tmp_path: Pa
 
 
 def test_a_back_end_that_needs_shared_files_is_refused_beforehand(store: ObjectStore, tmp_path: Path) -> None:
-    from launcher.clusters import cluster_of
+    from launcher.planning.clusters import cluster_of
 
     home = Home(tmp_path / "home", store.url(tmp_path.name))
     spec = spec_of(tmp_path)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from compression import registry
-from launcher.cluster import GIBI, Cluster, gpu_cluster, h100_cluster, read_gpus
-from launcher.costs import step_cost
-from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
+from launcher.planning.cluster import GIBI, Cluster, gpu_cluster, h100_cluster, read_gpus
+from launcher.planning.costs import step_cost
+from launcher.planning.plan import CandidatePlan, Plan, make_plan, read_plan
 from launcher.problems import SpecError
 from launcher.spec import JobSpec
 from parallelism.accounting import calibration_flops, train_flops_per_token

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import ray
 
+from launcher.actors.pool import Pool, Task, TaskFailed, cluster_memory_bytes
+from launcher.actors.reservation import Reservation
+from launcher.actors.session import Room
 from launcher.journal import Journal
-from launcher.pool import Pool, Task, TaskFailed, cluster_memory_bytes
-from launcher.reservation import Reservation
-from launcher.session import Room
 from tests.launcher.made import new_journal
 
 GIB = 1 << 30
@@ -100,7 +100,7 @@ def _until(condition: Callable[[], bool]) -> None:
 def test_a_task_that_waits_for_a_worker_says_what_the_cluster_lacks(
     room: Room, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.reservation.SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("launcher.actors.reservation.SILENT_SECONDS", 0.1)
     taken, seen = _held(4), Journal(journal.directory)
     said: list[str] = []
 

@@ -6,12 +6,12 @@ import pytest
 
 from compression.recipe import grid
 from compression.reduced import reduced_config
-from launcher.cluster import Cluster
 from launcher.jobs import Home, create_job, run_job
 from launcher.journal import Journal
-from launcher.plan import CandidatePlan, Plan, make_plan, read_plan
+from launcher.planning.cluster import Cluster
+from launcher.planning.plan import CandidatePlan, Plan, make_plan, read_plan
+from launcher.planning.recoveries import RecoveryPlan
 from launcher.problems import SpecError
-from launcher.recoveries import RecoveryPlan
 from launcher.result import result_document
 from launcher.spec import JobSpec
 from launcher.states import JobState

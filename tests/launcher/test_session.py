@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher import session
+from launcher.actors import session
+from launcher.actors.session import RayStartError, _await_nodes, _Start, measure_room
 from launcher.policy import TEMPORARY_EXIT_CODE
-from launcher.session import RayStartError, _await_nodes, _Start, measure_room
 
-HANGS = "import time; from launcher.session import _Start\nwith _Start(0.1):\n    time.sleep(60)"
+HANGS = "import time; from launcher.actors.session import _Start\nwith _Start(0.1):\n    time.sleep(60)"
 
 
 def test_whatever_ray_raises_is_a_failed_start() -> None:

@@ -15,8 +15,8 @@ from launcher.backends.slurm_options import SlurmOptions
 from launcher.backends.slurm_queue import QueuedJob, SlurmRefused, read_queue
 from launcher.backends.slurm_rest import properties_of
 from launcher.backends.slurm_script import SlurmJob, job_name, render
-from launcher.cluster import GIBI
-from launcher.clusters import cluster_of, placement_problems
+from launcher.planning.cluster import GIBI
+from launcher.planning.clusters import cluster_of, placement_problems
 from launcher.problems import SpecError
 from launcher.profiles import Container, Profile, SlurmProfile, load_profiles, profile_named
 from launcher.spec import JobSpec, parse_spec

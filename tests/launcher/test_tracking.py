@@ -23,7 +23,8 @@ from mlflow.entities import Run, ViewType
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import JobState
-from launcher.tracking import (
+from launcher.tracking.feed import EXPERIMENT, NOTE_TAG, RUN_TAG, Cursor, Feeder, TrackedJob
+from launcher.tracking.process import (
     EXIT_BUSY,
     EXIT_DONE,
     EXIT_UNREACHABLE,
@@ -32,10 +33,9 @@ from launcher.tracking import (
     default_uri,
     follow,
 )
-from launcher.tracking_feed import EXPERIMENT, NOTE_TAG, RUN_TAG, Cursor, Feeder, TrackedJob
-from launcher.tracking_records import JOB, Translation, flatten, perplexity
-from launcher.tracking_store import make_store
-from launcher.tracking_text import summary
+from launcher.tracking.records import JOB, Translation, flatten, perplexity
+from launcher.tracking.store import make_store
+from launcher.tracking.text import summary
 from tests.ports import free_ports
 
 STEPS = 1200  # of the large candidate: more points than MLflow takes in one request
@@ -317,7 +317,7 @@ def test_second_feeder_of_a_job_leaves(journal: Journal, uri: str) -> None:
     journal.tracking_dir.mkdir()
     with open(journal.tracking_dir / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri, "--once"]
+        command = [sys.executable, "-m", "launcher.tracking.process", str(journal.directory), "--uri", uri, "--once"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == EXIT_BUSY
     assert "another feeder" in ended.stderr
@@ -403,7 +403,7 @@ def test_a_store_is_made_once_and_whole_however_many_come_at_once(tmp_path: Path
     path.parent.mkdir()
     path.with_suffix(".draft").write_bytes(empty_store.read_bytes()[:8192])
     path.with_suffix(".copy").write_bytes(b"half")
-    script = f"from launcher.tracking_store import make_store; make_store('sqlite:///{path}')"
+    script = f"from launcher.tracking.store import make_store; make_store('sqlite:///{path}')"
     makers = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [maker.wait(200) for maker in makers] == [0, 0]
     with closing(sqlite3.connect(path)) as made, closing(sqlite3.connect(empty_store)) as usual:
@@ -419,7 +419,7 @@ def test_a_store_is_made_once_and_whole_however_many_come_at_once(tmp_path: Path
 
 
 def test_a_feeder_does_not_outlive_a_parent_that_died_before_it_could_look(journal: Journal, uri: str) -> None:
-    feeder = [sys.executable, "-m", "launcher.tracking", str(journal.directory), "--uri", uri]
+    feeder = [sys.executable, "-m", "launcher.tracking.process", str(journal.directory), "--uri", uri]
     process = subprocess.Popen([*feeder, "--parent", "1"])
     try:
         assert process.wait(200) == EXIT_DONE

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster import Cluster
+from launcher.planning.cluster import Cluster
+from launcher.planning.validate import check
 from launcher.problems import Problem, SpecError
 from launcher.spec import parse_spec
-from launcher.validate import check
 from tests.launcher.made import cpus
 
 TEXT = "def square(number):\n    return number * number\n\n\n" * 400
@@ -518,7 +518,7 @@ def test_a_candidate_keeps_its_place_where_one_before_it_has_no_model(tmp_path: 
 
 
 def test_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.validate.shutil.disk_usage", lambda path: _Usage(free=1_000_000))
+    monkeypatch.setattr("launcher.planning.validate.shutil.disk_usage", lambda path: _Usage(free=1_000_000))
     (problem,) = problems(changed(tmp_path, {}), tmp_path / "home")
     assert problem.field == "execution.checkpoint_every.keep"
     assert problem.value == 2
@@ -534,7 +534,7 @@ def test_an_optimizers_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytes
     sizes = [candidate.offload_bytes for candidate in plan.candidates]
     assert sizes == [28 * candidate.parameters for candidate in plan.candidates]
     enough_for_one = int((plan.disk_bytes + max(sizes)) / 0.95) + 1000
-    monkeypatch.setattr("launcher.validate.shutil.disk_usage", lambda path: _Usage(free=enough_for_one))
+    monkeypatch.setattr("launcher.planning.validate.shutil.disk_usage", lambda path: _Usage(free=enough_for_one))
     found = problems(document, home)
     assert [problem.field for problem in found] == [f"candidates.{place}.layout.offload_dir" for place in (0, 1)]
     assert all("of which the rest of the job takes" in problem.message for problem in found)

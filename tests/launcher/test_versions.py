@@ -4,14 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from launcher import versions
+from launcher.actors import versions
+from launcher.actors.versions import (
+    DOCUMENT,
+    VersionsDiffer,
+    check_dispatched,
+    check_versions,
+    note_dispatch,
+    versions_here,
+)
 from launcher.backends import ray as ray_backend
 from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, create_job, run_job
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import JobState
-from launcher.versions import DOCUMENT, VersionsDiffer, check_dispatched, check_versions, note_dispatch, versions_here
 from tests.finished import small_job
 
 TOY = "tests.launcher.toy_coordinator"

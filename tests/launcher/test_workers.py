@@ -10,10 +10,10 @@ import psutil
 import pytest
 import ray
 
-from launcher import workers
+from launcher.actors import workers
+from launcher.actors.session import Room
+from launcher.actors.workers import GroupShape, RankEnded, Report, WorkerGroup, wait_until_gone
 from launcher.policy import HOPELESS, Cause, root_cause
-from launcher.session import Room
-from launcher.workers import GroupShape, RankEnded, Report, WorkerGroup, wait_until_gone
 
 Make = Callable[..., WorkerGroup]
 

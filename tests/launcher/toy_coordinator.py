@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
+from launcher.actors.gang import CandidateRun
+from launcher.actors.workers import GroupShape
 from launcher.context import JobContext
 from launcher.coordinator import coordinate, parse
-from launcher.gang import CandidateRun
 from launcher.stages.training import failures, train_candidates
-from launcher.workers import GroupShape
 from parallelism.budget import Burnt
 from parallelism.checkpoint_store import CheckpointInfo
 from parallelism.layout import Layout

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 
 from launcher.jobs import Home, list_jobs
 from launcher.states import JobState
-from launcher.tracking import default_uri
-from launcher.tracking_feed import EXPERIMENT, RUN_TAG
+from launcher.tracking.feed import EXPERIMENT, RUN_TAG
+from launcher.tracking.process import default_uri
 from tests.finished import BATCH, LENGTH, RUN_SECONDS, STEPS, FinishedJob, espalier, small_job
 from tests.services.running import ROOT, command
 

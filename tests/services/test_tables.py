@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from launcher.cluster import h100_cluster
-from launcher.plan import make_plan
+from launcher.planning.cluster import h100_cluster
+from launcher.planning.plan import make_plan
 from launcher.spec import load_spec
 from parallelism.layout import layout_text
 from services.tables import (

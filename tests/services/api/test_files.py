@@ -1,7 +1,5 @@
 """Files as answers: from an object store as from a disk, and nothing of them stays."""
 
-from pathlib import Path
-
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient

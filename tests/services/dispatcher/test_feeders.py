@@ -8,8 +8,8 @@ from mlflow import MlflowClient
 from launcher.jobs import Home, create_job
 from launcher.spec import JobSpec
 from launcher.states import JobState
-from launcher.tracking import default_uri
-from launcher.tracking_feed import JOB_TAG
+from launcher.tracking.feed import JOB_TAG
+from launcher.tracking.process import default_uri
 from services.dispatcher.feeders import Feeders
 from tests.launcher.made import spec_document
 from tests.services.running import until

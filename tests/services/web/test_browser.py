@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from launcher.states import JobState
-from launcher.tracking_feed import JOB_TAG, RUN_TAG
+from launcher.tracking.feed import JOB_TAG, RUN_TAG
 from services.settings import RESOLVED, Settings
 from tests.finished import RUN_SECONDS
 from tests.services.conftest import Done

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import gcd
 
-from launcher.cluster import GIBI, Cluster
-from launcher.costs import StepCost, step_cost
+from launcher.planning.cluster import GIBI, Cluster
+from launcher.planning.costs import StepCost, step_cost
 from launcher.problems import Problem
 from parallelism.engines import limits
 from parallelism.layout import Layout

@@ -1,4 +1,4 @@
-"""MLflow's server on a SQLite store: ``python -m launcher.tracking_server STORE_URI OPTIONS``, with MLflow's options.
+"""MLflow's server on a SQLite store: ``python -m launcher.tracking.server STORE_URI OPTIONS``, with MLflow's options.
 
 The store is made first, where there is none; then this process becomes the server.
 """
@@ -6,7 +6,7 @@ The store is made first, where there is none; then this process becomes the serv
 import os
 import sys
 
-from launcher.tracking_store import make_store
+from launcher.tracking.store import make_store
 
 
 def main() -> None:

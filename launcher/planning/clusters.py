@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.backends.kubernetes_options import KubernetesOptions
 from launcher.backends.slurm_options import SlurmOptions
-from launcher.cluster import CPU_LINK, CPU_MEMORY, GIBI, Cluster, core_flops, gpu_cluster, local_cluster
+from launcher.planning.cluster import CPU_LINK, CPU_MEMORY, GIBI, Cluster, core_flops, gpu_cluster, local_cluster
 from launcher.problems import Problem
 from launcher.profiles import FILE, JOBS, Gpu, KubernetesProfile, Profile, load_profiles
 from launcher.spec import JobSpec

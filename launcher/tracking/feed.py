@@ -20,7 +20,7 @@ from launcher.events import Event
 from launcher.journal import Journal
 from launcher.result import result_document
 from launcher.states import RESTING
-from launcher.tracking_records import (
+from launcher.tracking.records import (
     JOB,
     RUN_STATUS,
     TERMINAL,
@@ -31,7 +31,7 @@ from launcher.tracking_records import (
     closing_variant,
     flatten,
 )
-from launcher.tracking_store import (
+from launcher.tracking.store import (
     TrackingRefusedError,
     TrackingUnavailableError,
     artifacts_beside,
@@ -39,7 +39,7 @@ from launcher.tracking_store import (
     calls,
     page_url,
 )
-from launcher.tracking_text import ABOUT, beginning, candidate_text, summary, variant_text
+from launcher.tracking.text import ABOUT, beginning, candidate_text, summary, variant_text
 from parallelism import places
 from parallelism.layout import layout_text
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.actors.workers import LOST_NODE_SECONDS, TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from launcher.adopt import adopt_newest, remove_older_roots
 from launcher.journal import Journal
 from launcher.life import last_sign
@@ -27,7 +28,6 @@ from launcher.policy import (
 )
 from launcher.told import forget_told, told_steps
 from launcher.view import CandidateView, GangView
-from launcher.workers import LOST_NODE_SECONDS, TRAIN, GroupShape, RankEnded, Report, WorkerGroup
 from parallelism.budget import Burnt
 from parallelism.checkpoint_store import CheckpointInfo, CheckpointStore
 from parallelism.result import TrainResult

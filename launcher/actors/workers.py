@@ -20,11 +20,11 @@ import psutil
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from launcher.actors.reservation import Bundle, Reservation
+from launcher.actors.versions import check_versions, versions_here
 from launcher.life import show_life
 from launcher.policy import Cause, Ended, cause_of_exit, classify
-from launcher.reservation import Bundle, Reservation
 from launcher.told import ToldSteps
-from launcher.versions import check_versions, versions_here
 from parallelism import places
 from parallelism.registry import load
 from parallelism.stop import StopReason, StopRequest

@@ -4,11 +4,11 @@ from dataclasses import fields
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from launcher.choices import batch_of
-from launcher.cluster import Cluster
-from launcher.costs import EFFICIENCY
-from launcher.disk import checkpoint_bytes
-from launcher.layouts import Case, Choice, room_bytes
+from launcher.planning.choices import batch_of
+from launcher.planning.cluster import Cluster
+from launcher.planning.costs import EFFICIENCY
+from launcher.planning.disk import checkpoint_bytes
+from launcher.planning.layouts import Case, Choice, room_bytes
 from launcher.spec import JobSpec
 from parallelism.accounting import train_flops_per_sequence
 from parallelism.budget import Budget

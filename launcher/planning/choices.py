@@ -3,8 +3,18 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from launcher.cluster import Cluster
-from launcher.layouts import Case, Choice, best_layout, fits, flat_layouts, gib, problems_of, room_bytes, trainings
+from launcher.planning.cluster import Cluster
+from launcher.planning.layouts import (
+    Case,
+    Choice,
+    best_layout,
+    fits,
+    flat_layouts,
+    gib,
+    problems_of,
+    room_bytes,
+    trainings,
+)
 from launcher.problems import Problem, SpecError
 from parallelism.layout import Layout
 from parallelism.training import TrainingConfig

@@ -10,11 +10,11 @@ from compression.config import RecoverConfig
 from compression.recipe import Recipe, grid
 from compression.recovery import start_point
 from compression.reduced import reduced_config
-from launcher.choices import choose, needs, remedies, roomiest
-from launcher.cluster import Cluster
-from launcher.disk import start_bytes
-from launcher.layouts import Case, Choice, best_layout
-from launcher.planned import PlannedRun, TooSmall, first_guess, planned_run
+from launcher.planning.choices import choose, needs, remedies, roomiest
+from launcher.planning.cluster import Cluster
+from launcher.planning.disk import start_bytes
+from launcher.planning.layouts import Case, Choice, best_layout
+from launcher.planning.planned import PlannedRun, TooSmall, first_guess, planned_run
 from launcher.problems import Problem, SpecError
 from launcher.spec import CandidateSpec, JobSpec
 from parallelism.accounting import train_flops_per_sequence

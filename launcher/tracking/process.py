@@ -1,6 +1,6 @@
-"""The process that feeds MLflow from a job's journal: ``python -m launcher.tracking JOURNAL_DIR --uri URI``.
+"""The process that feeds MLflow from a job's journal: ``python -m launcher.tracking.process JOURNAL_DIR --uri URI``.
 
-The journal is the truth and MLflow a picture of it. What the process does lies in :mod:`launcher.tracking_feed`; here
+The journal is the truth and MLflow a picture of it. What the process does lies in :mod:`launcher.tracking.feed`; here
 is when it does it, and when it gives up. Torch-free.
 """
 
@@ -17,8 +17,8 @@ from typing import IO
 
 from launcher.journal import Journal, open_journal
 from launcher.life import show_life
-from launcher.tracking_feed import Feeder, TrackedJob
-from launcher.tracking_store import (
+from launcher.tracking.feed import Feeder, TrackedJob
+from launcher.tracking.store import (
     UI_PORT,
     TrackingRefusedError,
     TrackingUnavailableError,
@@ -51,7 +51,7 @@ class FeederProcess:
 
     def __init__(self, journal: Journal, home: Path, uri: str | None = None, once: bool = False) -> None:
         """``uri``: an MLflow server or store; by default the one of the home. ``once``: it feeds what there is."""
-        command = [sys.executable, "-m", "launcher.tracking", journal.location]
+        command = [sys.executable, "-m", "launcher.tracking.process", journal.location]
         command += ["--uri", uri or default_uri(home), "--parent", str(os.getpid()), *(["--once"] if once else [])]
         self._once = once
         with open(journal.log_path("tracking"), "ab") as log:
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m launcher.tracking", description="Feed MLflow from a job's journal."
+        prog="python -m launcher.tracking.process", description="Feed MLflow from a job's journal."
     )
     parser.add_argument("journal", help="a job's directory, or its address in an object store")
     parser.add_argument("--uri", required=True, help="an MLflow tracking server or store")

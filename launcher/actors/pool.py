@@ -13,12 +13,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from launcher.journal import Journal
-from launcher.policy import HOPELESS, UNCOUNTED, Cause, Ended
-from launcher.reservation import Bundle, Reservation
-from launcher.session import Room
-from launcher.versions import check_versions, versions_here
-from launcher.workers import (
+from launcher.actors.reservation import Bundle, Reservation
+from launcher.actors.session import Room
+from launcher.actors.versions import check_versions, versions_here
+from launcher.actors.workers import (
     LOST_CONNECTION,
     LOST_NODE_SECONDS,
     GroupShape,
@@ -28,6 +26,8 @@ from launcher.workers import (
     settle_in,
     wait_until_gone,
 )
+from launcher.journal import Journal
+from launcher.policy import HOPELESS, UNCOUNTED, Cause, Ended
 from parallelism.registry import load
 
 ROLE = "worker"

@@ -24,7 +24,7 @@ engines on two cores, on GPUs after Narayanan et al. 2021, table 1.
 
 from dataclasses import dataclass, fields
 
-from launcher.cluster import Cluster
+from launcher.planning.cluster import Cluster
 from parallelism.layout import Layout, stage_layers
 from parallelism.memory import micro_batches, parameters_per_rank
 from parallelism.models.base import ModelConfig

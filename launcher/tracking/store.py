@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.tracking_records import Changes
+from launcher.tracking.records import Changes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

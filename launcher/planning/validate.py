@@ -10,10 +10,10 @@ from compression.checks import check_exports, grid_problems, recipe_problems
 from compression.errors import RecipeError
 from compression.recipe import grid
 from launcher.backends.base import BACKENDS
-from launcher.cluster import Cluster
-from launcher.clusters import placement_problems
-from launcher.layouts import gib
-from launcher.plan import CandidatePlan, Plan, candidate_model, make_plan
+from launcher.planning.cluster import Cluster
+from launcher.planning.clusters import placement_problems
+from launcher.planning.layouts import gib
+from launcher.planning.plan import CandidatePlan, Plan, candidate_model, make_plan
 from launcher.problems import Problem, SpecError
 from launcher.profiles import JOBS
 from launcher.spec import JobSpec

@@ -1,7 +1,7 @@
 """What a job will do and take, said before it starts. Torch-free.
 
-The layout, where a candidate gives none, is the best of all legal ones that fit (:mod:`launcher.layouts`) under the
-cost model of :mod:`launcher.costs`.
+The layout, where a candidate gives none, is the best of all legal ones that fit (:mod:`launcher.planning.layouts`)
+under the cost model of :mod:`launcher.planning.costs`.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, Seria
 
 from compression.config import CompressionConfig
 from compression.recipe import grid
-from launcher.choices import batch_of, choose
-from launcher.cluster import Cluster
-from launcher.costs import EFFICIENCY
-from launcher.disk import CalibrationDisk, calibration_disk, data_bytes, start_bytes, variant_bytes
-from launcher.layouts import Case, Choice
-from launcher.planned import PlannedRun, TooSmall, first_guess, planned_run, whole_steps
+from launcher.planning.choices import batch_of, choose
+from launcher.planning.cluster import Cluster
+from launcher.planning.costs import EFFICIENCY
+from launcher.planning.disk import CalibrationDisk, calibration_disk, data_bytes, start_bytes, variant_bytes
+from launcher.planning.layouts import Case, Choice
+from launcher.planning.planned import PlannedRun, TooSmall, first_guess, planned_run, whole_steps
+from launcher.planning.recoveries import RecoveryPlan, plan_recoveries
+from launcher.planning.sources import SourceError, inspect_source, source_problem
 from launcher.problems import Problem, SpecError, of_validation
-from launcher.recoveries import RecoveryPlan, plan_recoveries
-from launcher.sources import SourceError, inspect_source, source_problem
 from launcher.spec import CandidateSpec, JobSpec
 from parallelism.accounting import calibration_flops, train_flops_per_token, training_share
 from parallelism.budget import Budget

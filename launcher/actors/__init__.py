@@ -1,0 +1,1 @@
+"""What runs on Ray: the session, reservations, process groups that train, and the pool of workers."""
