@@ -43,7 +43,7 @@ def check(spec: JobSpec, cluster: Cluster, home: Path) -> Plan:
         problems += _export_problems(spec, index, model)
     plan = _plan(spec, cluster, models, vocab_size, facts, problems)
     if plan is not None:
-        problems += [*_disk_problems(plan, home), *_offload_problems(spec, plan, cluster, home)]
+        problems += [*_disk_problems(spec, plan, home), *_offload_problems(spec, plan, cluster, home)]
     if problems or plan is None:
         raise SpecError(list(dict.fromkeys(problems)))
     return plan
@@ -201,9 +201,12 @@ def _home_problems(home: Path) -> Iterator[Problem]:
         yield Problem("", str(home), f"{existing} cannot be written to", "choose another --home, or change its rights")
 
 
-def _disk_problems(plan: Plan, home: Path) -> Iterator[Problem]:
+def _disk_problems(spec: JobSpec, plan: Plan, home: Path) -> Iterator[Problem]:
     existing = _existing(home)
     free = shutil.disk_usage(existing).free
+    if places.is_mirrored(home.absolute() / JOBS):
+        yield from _scratch_problems(spec, plan, existing, FREE_DISK_SHARE * free)
+        return
     if plan.disk_bytes <= FREE_DISK_SHARE * free:
         return
     what = f"the job needs about {gib(plan.disk_bytes)} of disk and {gib(free)} are free at {existing}"
@@ -218,6 +221,18 @@ def _disk_problems(plan: Plan, home: Path) -> Iterator[Problem]:
     hint = "free some, choose another --home, lower execution.checkpoint_every.keep or ask for fewer recipes"
     field, keep = "execution.checkpoint_every.keep", largest.checkpoint.keep
     yield Problem(field, keep, f"{what}; {taken}, {plan.variants} variants the rest", hint)
+
+
+def _scratch_problems(spec: JobSpec, plan: Plan, folder: Path, room: float) -> Iterator[Problem]:
+    """Whether there is room for what a job in an object store holds on this machine at once.
+
+    That is a checkpoint of each candidate until it is stored, and what calibration has. Elsewhere, the disks are not
+    known.
+    """
+    needed = plan.calibration_bytes + sum(candidate.checkpoint_bytes for candidate in plan.candidates)
+    if spec.execution.backend == "local" and needed > room:
+        what = f"copies of what is in the object store take about {gib(needed)}, and {gib(round(room))} may be taken"
+        yield Problem("", str(folder), what, "make room, or choose another --home")
 
 
 def _offload_problems(spec: JobSpec, plan: Plan, cluster: Cluster, home: Path) -> Iterator[Problem]:

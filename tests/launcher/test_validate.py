@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.planning.cluster import Cluster
 from launcher.planning.validate import check
 from launcher.problems import Problem, SpecError
 from launcher.spec import parse_spec
+from parallelism import places
+from parallelism.objects import ObjectTree
 from tests.launcher.made import cpus
 
 TEXT = "def square(number):\n    return number * number\n\n\n" * 400
@@ -524,6 +527,32 @@ def test_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert problem.value == 2
     assert "0.00 GiB are free" in problem.message
     assert "choose another --home, lower execution.checkpoint_every.keep" in problem.message
+
+
+@pytest.mark.parametrize(("backend", "told"), [("local", ["copies of what is in the object store"]), ("ray", [])])
+def test_a_disk_that_has_no_room_for_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, told: list[str]
+) -> None:
+    """Of what is in a store, a machine holds a little; other machines' disks are not known."""
+    home = tmp_path / "home"
+    profile = {"ray": {"address": "http://head:8265", "cpus_per_node": 4}}
+    home.mkdir()
+    (home / "profiles.yaml").write_text(yaml.safe_dump({"default": profile}), encoding="utf-8")
+    document = changed(tmp_path, {"execution.backend": backend})
+    plan = check(parse_spec(document), cpus(4, 4.0), home)
+    places.mirror(home / "jobs", ObjectTree("memory://jobs-and-copies"))
+    one_each = plan.calibration_bytes + sum(candidate.checkpoint_bytes for candidate in plan.candidates)
+    assert one_each < plan.disk_bytes / 2
+    for share, expected in ((1.1, []), (0.9, told)):
+        free = int(share * one_each / 0.95)
+        monkeypatch.setattr("launcher.planning.validate.shutil.disk_usage", lambda path, free=free: _Usage(free=free))
+        try:
+            check(parse_spec(document), cpus(4, 4.0), home)
+            found = []
+        except SpecError as error:
+            found = [problem.message for problem in error.problems]
+        assert len(found) == len(expected)
+        assert all(part in text for part, text in zip(expected, found, strict=True))
 
 
 def test_an_optimizers_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

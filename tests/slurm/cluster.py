@@ -54,8 +54,12 @@ SlurmdTimeout=20
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2,sched_min_interval=0
 NodeName=n1 NodeAddr={n1} CPUs={cpus}
 NodeName=n2 NodeAddr={n2} CPUs={cpus}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=120 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=120 State=UP GraceTime=60
 PartitionName=single Nodes=n1,n2 MaxNodes=1 MaxTime=120 State=UP
+PartitionName=urgent Nodes=n1,n2 MaxTime=120 State=UP PriorityTier=10 PreemptMode=OFF
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{preemption}
 """
 
 
@@ -76,6 +80,14 @@ class RealSlurm:
     def call(self, *command: str) -> str:
         """Run one of Slurm's commands to its end; its output."""
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    def configure(self, preemption: str = "PreemptParameters=send_user_signal") -> None:
+        """Write down how it works; ``preemption``: a line about that. Daemons that are up are told."""
+        addresses = {name: machine.address for name, machine in self.machines.items()}
+        text = CONFIGURATION.format(folder=self.folder, cpus=CPUS, preemption=preemption, **addresses)
+        (self.folder / "slurm.conf").write_text(text, encoding="utf-8")
+        if CONTROLLER in self.daemons:
+            self.call("scontrol", "reconfigure")
 
     def state_of(self, node: str) -> str:
         """The node's state, in Slurm's word."""
@@ -159,10 +171,8 @@ def _start(slurm: RealSlurm) -> None:
     munge += [f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
     slurm.start_daemon("munged", "munged", "--foreground", "--force", *munge)
     until((folder / "munge.socket").exists, UP_SECONDS)
-    addresses = {name: machine.address for name, machine in slurm.machines.items()}
-    configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(folder=folder, cpus=CPUS, **addresses), encoding="utf-8")
-    slurm.start_daemon(CONTROLLER, "slurmctld", "-D", "-f", str(configuration))
+    slurm.configure()
+    slurm.start_daemon(CONTROLLER, "slurmctld", "-D", "-f", str(folder / "slurm.conf"))
     for node in NODES:
         (folder / f"spool-{node}").mkdir()
         slurm.start_node(node)

@@ -118,6 +118,47 @@ def test_before_the_time_limit_a_checkpoint_is_written_and_the_job_queues_again(
     _assert_alike(_row(watched.journal), undisturbed)
 
 
+URGENT = ("sbatch", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--output=/dev/null")
+
+
+def test_a_job_that_is_preempted_writes_a_checkpoint_and_goes_on(
+    slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    watched = _preempted(slurm, tmp_path)
+    first, second = watched.view.candidate("large").gangs
+    assert first.epoch < second.epoch
+    assert first.ended == "signal"
+    assert second.resumed_step == first.step  # no step is done twice
+    assert watched.view.candidate("large").lost_device_seconds == 0
+    _assert_alike(_row(watched.journal), undisturbed)
+
+
+def test_a_job_that_nobody_warns_of_a_preemption_goes_on_from_its_last_checkpoint(
+    slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Slurm sends SIGTERM to everything then, and the job's own script learns nothing."""
+    slurm.configure(preemption="")
+    try:
+        watched = _preempted(slurm, tmp_path)
+    finally:
+        slurm.configure()
+    assert watched.view.epoch > 1
+    _assert_alike(_row(watched.journal), undisturbed)
+    until(lambda: left_behind(watched.journal) == [], 60)
+
+
+def _preempted(slurm: RealSlurm, folder: Path) -> Watched:
+    """A job that has ended well, though another one that comes first wanted its nodes for a while."""
+    watched = _watched(folder, pace_seconds=1.0)
+    watched.until_step(2 * EVERY)
+    before = len(watched.told)
+    slurm.call(*URGENT, "--wrap=sleep 5")
+    watched.until(lambda: any("is PENDING" in reason for reason in watched.told[before:]), 200)
+    watched.hurry()
+    assert watched.end() is JobState.SUCCEEDED, watched.view.error
+    return watched
+
+
 def test_requeues_at_random_steps_change_nothing_but_the_bill(
     slurm: RealSlurm, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
