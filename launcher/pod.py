@@ -1,10 +1,10 @@
-"""``python -m launcher.pod run STOP_FILE COMMAND …`` and ``… end STOP_FILE SECONDS``: a coordinator in a pod.
+"""A coordinator in a pod: ``python -m launcher.pod run JOURNAL SUBMISSION COMMAND …``.
 
-A file beside the stop file says that the coordinator lives. Whatever takes a pod away waits for that: ``end`` runs in
-each pod before its end, asks the coordinator for its checkpoints and waits until it has ended. One that is left over
-tells ``run`` that an earlier life of the same submission was cut off (the head's pod was lost): the submission ends
-then, and the dispatcher decides. After a suspension, for which pods wait, there is none, and the job goes on.
-Torch-free.
+A file beside the stop file says that it lives. Whatever takes a pod away waits for that: in each pod, ``end JOURNAL
+SUBMISSION SECONDS`` runs before its end, asks the coordinator for its checkpoints and waits until it has ended. A file
+that is left over tells ``run`` that an earlier life of the same submission was cut off (the head's pod was lost): the
+submission ends then, and the dispatcher decides. After a suspension, for which pods wait, there is none, and the job
+goes on. Torch-free.
 """
 
 import signal
@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.attend import ask_to_stop, attend
+from launcher.attend import ask_to_stop, attend, attend_logged, stop_file
+from launcher.journal import open_journal
 from launcher.policy import TEMPORARY_EXIT_CODE
 from parallelism import places
 from parallelism.objects import StoreAwayError
@@ -21,31 +22,31 @@ from parallelism.objects import StoreAwayError
 POLL_SECONDS = 1.0
 
 
-def alive_file(stop_file: Path) -> Path:
+def alive_file(stop: Path) -> Path:
     """Is there while the coordinator is."""
-    return stop_file.with_name(f"{stop_file.name}.alive")
+    return stop.with_name(f"{stop.name}.alive")
 
 
-def run(stop_file: Path, command: Sequence[str]) -> int:
+def run(stop: Path, command: Sequence[str]) -> int:
     """The command's exit code, as :func:`attend` has it; ``TEMPORARY_EXIT_CODE`` after a life that was cut off."""
-    alive = alive_file(stop_file)
+    alive = alive_file(stop)
     if places.exists(alive):
         places.remove(alive)
         print("an earlier life of this submission was cut off: whoever submitted it decides", file=sys.stderr)
         return TEMPORARY_EXIT_CODE
-    places.remove(stop_file)
+    places.remove(stop)
     places.write_text(alive, "")
     try:
-        return attend(command, stop_file)
+        return attend(command, stop)
     finally:
         places.remove(alive)
 
 
-def end(stop_file: Path, seconds: float) -> None:
+def end(stop: Path, seconds: float) -> None:
     """Ask the coordinator, if it lives, to checkpoint and end, and wait for that."""
-    alive, deadline = alive_file(stop_file), time.monotonic() + seconds
-    if places.exists(alive) and not places.exists(stop_file):
-        ask_to_stop(stop_file)
+    alive, deadline = alive_file(stop), time.monotonic() + seconds
+    if places.exists(alive) and not places.exists(stop):
+        ask_to_stop(stop)
     while places.exists(alive) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
@@ -53,12 +54,14 @@ def end(stop_file: Path, seconds: float) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Entry point of the process."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # sent to all processes; the coordinator hears of it by the file
-    verb, address, *rest = arguments
+    verb, location, submission, *rest = arguments
+    journal = open_journal(location)
+    stop = stop_file(journal, submission)
+    if verb == "run":
+        return attend_logged(journal, lambda: run(stop, rest))
+    (seconds,) = map(float, rest)
     try:
-        if verb == "run":
-            return run(places.at(address), rest)
-        (seconds,) = map(float, rest)
-        end(places.at(address, seconds), seconds)
+        end(stop, seconds)
     except StoreAwayError as error:
         print(error, file=sys.stderr)
         return TEMPORARY_EXIT_CODE

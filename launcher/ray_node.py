@@ -22,6 +22,7 @@ from pathlib import Path
 from launcher.attend import attend
 from launcher.environment import end_with_parent
 from launcher.policy import TEMPORARY_EXIT_CODE
+from parallelism.private import private_folder
 
 HEAD_SECONDS = 180.0
 """How long nodes wait for the head to come up."""
@@ -90,7 +91,7 @@ def run(node: Node) -> int:
     """Take part until the job's coordinator has ended; the head returns its exit code, others 0."""
     for folder in [*_earlier_dirs(node.ray_dir), *([node.ray_dir] if node.is_head else [])]:
         shutil.rmtree(folder, ignore_errors=True)
-    node.ray_dir.mkdir(mode=0o700, exist_ok=True)  # Ray would let everybody in
+    private_folder(node.ray_dir)  # Ray would let everybody in
     try:
         return _lead(node) if node.is_head else _follow(node)
     finally:

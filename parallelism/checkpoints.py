@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from parallelism import agreement
+from parallelism import agreement, places
 from parallelism.budget import Progress
 from parallelism.checkpoint import AsyncSaver, save
 from parallelism.checkpoint_files import CheckpointError
@@ -208,8 +208,9 @@ class Checkpoints:
 
     def _failed(self, write: _Write, error: str) -> None:
         self._saver.close()
+        places.forget(write.directory)  # of this machine's copy; the disk may be full
         if dist.get_rank() == 0:
-            self._store.discard(write.directory)  # the disk may be full
+            self._store.discard(write.directory)
         self._failures += 1
         delay = min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** (self._failures - 1))
         self._retry_at = time.monotonic() + delay

@@ -75,7 +75,7 @@ class ObjectTree:
         return True
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a store that creates what is there already; leaves nothing behind."""
+        """Raise ``ValueError`` for a store that creates what is there already, or refuses; leaves nothing behind."""
         key = f".probe-{uuid.uuid4().hex}"
         try:
             self._files.pipe_file(self._path(key), b"1", mode="create")
@@ -87,7 +87,8 @@ class ObjectTree:
         except FINAL as error:
             raise ValueError(f"{self.url} cannot be written to: {type(error).__name__}: {error}") from error
         except _troubles() as error:
-            raise ValueError(f"{self.url} does not answer: {type(error).__name__}: {error}") from error
+            text = f"{self.url} does not answer: {type(error).__name__}: {error}"
+            raise (ValueError(text) if _is_our_fault(error) else StoreAwayError(text)) from error
         finally:
             with contextlib.suppress(*_troubles()):
                 self._files.rm(self._path(key))

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallelism.objects import PATIENCE_SECONDS, ObjectTree, Stored
+from parallelism.private import private_folder
 
 LAST = ("manifest.json",)
 """Stored behind all other files of a folder: with it, they count."""
@@ -293,8 +294,7 @@ def _fetch(tree: ObjectTree, key: str, copy: Path, stored: Stored) -> None:
 @contextmanager
 def _turn(root: Path, key: str) -> Iterator[None]:
     """Only one process of this machine at a time fetches what lies at ``key``."""
-    folder = Path(tempfile.gettempdir()) / f"espalier-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_folder(Path(tempfile.gettempdir()) / f"espalier-{os.getuid()}")
     name = hashlib.sha256(f"{root}\n{key}".encode()).hexdigest()[:24]
     with open(folder / f"fetch-{name[:2]}", "w", encoding="ascii") as lock:  # few files, which stay
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -18,6 +18,7 @@ import psutil
 
 from launcher.environment import python_path
 from launcher.jobs import NO_TRACKING
+from parallelism.objects import StoreAwayError
 from services.foreground import Interrupts
 from services.place import FOLDER, LOCK, PLACE, ServiceError
 from services.settings import Settings
@@ -197,10 +198,10 @@ def prepare(settings: Settings, port: int | None, serve_mlflow: bool = True) -> 
 
 
 def check_journals(settings: Settings) -> None:
-    """Raise :class:`ServiceError` where jobs are to lie in an object store that cannot hold them."""
+    """Raise :class:`ServiceError` where jobs are to lie in an object store that cannot hold them, or is away."""
     try:
         settings.jobs_home().check()
-    except ValueError as error:
+    except (ValueError, StoreAwayError) as error:
         raise ServiceError(f"journals: {error}") from error
 
 

@@ -11,7 +11,7 @@ ENV PATH=/opt/espalier/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 COPY deploy/docker/requirements.py deploy/docker/
-RUN python3 deploy/docker/requirements.py pyproject.toml api postgres objects > /tmp/requirements.txt \
+RUN python3 deploy/docker/requirements.py pyproject.toml api postgres objects kubernetes > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 
 FROM requirements AS code
@@ -20,11 +20,12 @@ RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE}
 ENV PATH=/opt/espalier/bin:$PATH PYTHONUNBUFFERED=1 ESPALIER_HOME=/var/lib/espalier
-RUN useradd --uid 10001 --create-home espalier && install -d -o espalier -g espalier /var/lib/espalier
+RUN useradd --uid 10001 --user-group --create-home espalier && install -d -o espalier -g espalier /var/lib/espalier
 COPY --from=requirements /opt/espalier /opt/espalier
 COPY --from=code /wheels /tmp/wheels
 RUN pip install --no-deps --no-cache-dir /tmp/wheels/*.whl
-USER espalier
+# By number: Kubernetes holds no name against runAsNonRoot.
+USER 10001:10001
 WORKDIR /home/espalier
 EXPOSE 8700
 ENTRYPOINT ["espalier"]

@@ -24,10 +24,11 @@ RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE}
 ENV PATH=/opt/espalier/bin:$PATH PYTHONUNBUFFERED=1 ESPALIER_HOME=/var/lib/espalier DS_BUILD_OPS=0
-RUN useradd --uid 10001 --create-home espalier && install -d -o espalier -g espalier /var/lib/espalier
+RUN useradd --uid 10001 --user-group --create-home espalier && install -d -o espalier -g espalier /var/lib/espalier
 COPY --from=requirements /opt/espalier /opt/espalier
 COPY --from=code /wheels /tmp/wheels
 RUN pip install --no-deps --no-cache-dir /tmp/wheels/*.whl
-USER espalier
+# By number: Kubernetes holds no name against runAsNonRoot.
+USER 10001:10001
 WORKDIR /home/espalier
 CMD ["espalier", "serve", "dispatcher"]

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launcher.attend import ask_to_stop
+from launcher.attend import ask_to_stop, stop_file
 from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Phase
+from launcher.backends.common import entry, tail, working_directory
 from launcher.backends.kubernetes_api import Document, KubernetesApi, Place, Taken
 from launcher.backends.kubernetes_manifest import (
     JOB_LABEL,
@@ -23,9 +24,8 @@ from launcher.backends.kubernetes_manifest import (
     render,
 )
 from launcher.backends.kubernetes_options import KubernetesOptions
-from launcher.backends.kubernetes_states import has_ended, is_suspended, status_of, waiting_reason
+from launcher.backends.kubernetes_states import has_ended, is_suspended, last_words, status_of, waiting_reason
 from launcher.backends.kubernetes_watch import Recently, Watched
-from launcher.backends.local import entry, tail, working_directory
 from launcher.environment import shared_cluster
 from launcher.journal import Journal
 from launcher.pod import alive_file
@@ -33,7 +33,6 @@ from launcher.profiles import KubernetesProfile, home_of, profile_named
 from launcher.spec import JobSpec
 from parallelism import places
 
-STOP = "stop"
 GONE_SECONDS = 180.0
 """How long a RayJob that was deleted may take until nothing of it is left."""
 REASON_SECONDS = 10.0
@@ -65,11 +64,8 @@ class KubernetesBackend:
         job = kubernetes_job(
             journal.spec(), journal, journal.job_id, name, Path(working_directory(journal)), self._module
         )
-        stop_file = _stop_file(journal, name)
-        if job.copies is None:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            stop_file.parent.mkdir(parents=True, exist_ok=True)
-        places.remove(alive_file(stop_file))
+        stop = stop_file(journal, name)
+        places.remove(alive_file(stop))
         try:
             made = api.create(render_job(journal.spec(), profile, job))
         except Taken:
@@ -77,14 +73,14 @@ class KubernetesBackend:
             if found is None or _journal_of(found) != journal.location:
                 raise
             made = found  # somebody was faster, and this is the same submission
-        return _handle(place, made, stop_file)
+        return _handle(place, made, stop)
 
     def find(self, journal: Journal) -> Handle | None:
         """The RayJob of this job that has not ended, by its label. Raises ``BackendUnavailable``."""
         place = Place.of_profile(_profile(journal))
         for row in _of_job(self._api(place), journal):
             if not has_ended(row) and "deletionTimestamp" not in row["metadata"]:
-                return _handle(place, row, _stop_file(journal, row["metadata"]["name"]))
+                return _handle(place, row, stop_file(journal, row["metadata"]["name"]))
         return None
 
     def status(self, handle: Handle) -> BackendStatus:
@@ -103,17 +99,17 @@ class KubernetesBackend:
 
     def stop(self, handle: Handle, grace_seconds: float) -> None:
         """Ask the coordinator to checkpoint and end; after the grace period the RayJob is deleted with all it has."""
-        name, uid, stop_file = handle["name"], handle["uid"], Path(handle["stop_file"])
+        name, uid, stop = handle["name"], handle["uid"], Path(handle["stop_file"])
         api = self._api(Place.of_handle(handle))
         self._stopped.add(uid)
         if grace_seconds > 0 and _runs(api, handle):
-            ask_to_stop(stop_file)
+            ask_to_stop(stop)
             deadline = time.monotonic() + grace_seconds
             while time.monotonic() < deadline and _runs(api, handle):
                 time.sleep(0.5)
         found = _mine(api.get(name), uid)
         if found is not None and not has_ended(found):
-            ask_to_stop(stop_file, now=True)
+            ask_to_stop(stop, now=True)
             api.delete(name, uid)
             deadline = time.monotonic() + GONE_SECONDS
             while time.monotonic() < deadline and _mine(api.get(name), uid) is not None:
@@ -123,13 +119,15 @@ class KubernetesBackend:
             self._settled[uid] = found  # the watch may tell it later
 
     def logs(self, handle: Handle, journal: Journal, lines: int = 50) -> str:
-        """The end of the coordinator's output; what the head's pod printed where it did not come that far."""
+        """The end of the coordinator's output; where it did not come that far, what Ray or the head's pod printed."""
         text = tail(journal.log_path("coordinator"), lines)
         if text:
             return text
         try:
-            found = self._look(handle)
-            cluster = (found or {}).get("status", {}).get("rayClusterName")
+            status = (self._look(handle) or {}).get("status", {})
+            cluster, printed = status.get("rayClusterName"), last_words(status).splitlines()
+            if printed:
+                return "\n".join(printed[-lines:])
             return self._api(Place.of_handle(handle)).head_log(cluster, lines) if cluster else ""
         except (BackendUnavailable, ValueError) as error:
             return str(error)
@@ -192,8 +190,6 @@ def kubernetes_job(
         name=name,
         journal=journal.location,
         entry=entry(journal, working_directory),
-        log=journal.logs_dir / "coordinator.log",
-        stop_file=places.address(_stop_file(journal, name)),
         ray_version=version("ray"),
         copies=journal.directory.parent if places.is_mirrored(journal.directory) else None,
         threads_per_rank=spec.execution.threads_per_rank,
@@ -206,10 +202,6 @@ def kubernetes_job(
 def render_job(spec: JobSpec, profile: KubernetesProfile, job: KubernetesJob) -> dict[str, Any]:
     """The RayJob of a job."""
     return render(job, spec.execution.kubernetes or KubernetesOptions(), profile)
-
-
-def _stop_file(journal: Journal, name: str) -> Path:
-    return journal.cluster_dir / f"{STOP}.{name}"
 
 
 def _profile(journal: Journal) -> KubernetesProfile:
@@ -257,12 +249,12 @@ def _gone(handle: Handle, by_us: bool) -> BackendStatus:
     return BackendStatus(Phase.ENDED, f"RayJob {handle['name']} was deleted", final=not by_us)
 
 
-def _handle(place: Place, made: Mapping[str, Any], stop_file: Path) -> Handle:
+def _handle(place: Place, made: Mapping[str, Any], stop: Path) -> Handle:
     return {
         "name": made["metadata"]["name"],
         "uid": made["metadata"]["uid"],
         "namespace": place.namespace,
         "kubeconfig": place.kubeconfig,
         "context": place.context,
-        "stop_file": str(stop_file),
+        "stop_file": str(stop),
     }

@@ -44,9 +44,6 @@ class KubernetesJob:
     """Its location."""
     entry: str
     """Shell that the coordinator starts behind (:func:`launcher.backends.local.entry`)."""
-    log: Path
-    stop_file: str
-    """The address of the file that asks the coordinator to end."""
     ray_version: str
     copies: Path | None = None
     """Where a pod keeps copies of a job that is in an object store."""
@@ -144,17 +141,16 @@ def _entrypoint(job: KubernetesJob, options: KubernetesOptions, profile: Kuberne
     coordinator = [profile.python, "-m", job.module, job.journal, "--address", "auto"]
     coordinator += ["--nodes", str(options.nodes)]
     coordinator += ["--devices", str(job.devices)] if job.devices else []
-    command = [profile.python, "-m", "launcher.pod", "run", job.stop_file]
+    command = [profile.python, "-m", "launcher.pod", "run", job.journal, job.name]
     return f"""{job.entry} || exit {TEMPORARY_EXIT_CODE}
 exec {shlex.join(command)} \\
-  {shlex.join(coordinator)} \\
-  >> {shlex.quote(str(job.log))} 2>&1
+  {shlex.join(coordinator)}
 """
 
 
 def _before_the_end(job: KubernetesJob, options: KubernetesOptions, profile: KubernetesProfile) -> list[str]:
     """Whatever takes a pod away (a drained node, a preemption): checkpoints are written first."""
-    command = [profile.python, "-m", "launcher.pod", "end", job.stop_file, str(options.checkpoint_seconds)]
+    command = [profile.python, "-m", "launcher.pod", "end", job.journal, job.name, str(options.checkpoint_seconds)]
     return ["/bin/sh", "-c", f"{shlex.join(command)}\nray stop\n"]
 
 

@@ -15,6 +15,8 @@ FINAL_REASONS = ("DeadlineExceeded", "PreRunningDeadlineExceeded", "ValidationFa
 """Ends that another try would come to, too."""
 EXIT_CODE = re.compile(r"exit code (-?\d+)")
 STARTS = ("PodInitializing", "ContainerCreating")
+LOGS = ", last available logs"
+"""Behind it, KubeRay tells the end of what the entrypoint printed."""
 LONGEST_REASON = 500
 
 
@@ -73,12 +75,17 @@ def _waits(ray_job: Resource) -> str:
 
 def _ended(name: str, status: Resource) -> BackendStatus:
     deployment, of_job = status["jobDeploymentStatus"], status.get("jobStatus", "")
-    cause, message = status.get("reason", ""), status.get("message", "").partition(", last available logs")[0]
+    cause, message = status.get("reason", ""), status.get("message", "").partition(LOGS)[0]
     code = 0 if of_job == "SUCCEEDED" else _exit_code(message)
     words = [f"RayJob {name} is {deployment}", *([f"({of_job})"] if of_job else []), *([cause] if cause else [])]
     reason = " ".join(words) + (f": {message.strip()}" if message.strip() else "")
     final = cause in FINAL_REASONS or of_job == "STOPPED" or deployment == "ValidationFailed"
     return BackendStatus(Phase.ENDED, reason[:LONGEST_REASON], code, final=final)
+
+
+def last_words(status: Resource) -> str:
+    """The end of what the entrypoint printed, as KubeRay tells it."""
+    return str(status.get("message", "").partition(LOGS)[2].partition("\n")[2])
 
 
 def _exit_code(message: str) -> int | None:

@@ -6,7 +6,6 @@ that process group ends everything, also after the coordinator has been killed.
 
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,8 @@ from pathlib import Path
 import psutil
 
 from launcher.backends.base import BackendStatus, Handle, Phase
-from launcher.backends.spare import Spare, find_spare
+from launcher.backends.common import tail, working_directory
+from launcher.backends.spare import Spare, find_spare, own_processes
 from launcher.environment import default_devices, own_cluster, python_path, short_temp_dir
 from launcher.journal import Journal, is_process
 from parallelism import places
@@ -77,7 +77,7 @@ class LocalBackend:
         command += ["--address", OWN, "--devices", str(devices), "--ray-dir", str(ray_dir)]
         if not self.outlives:
             command += ["--keeper", str(os.getpid())]
-        with open(journal.log_path("coordinator"), "ab") as log:
+        with open(places.need(journal.log_path("coordinator")), "ab") as log:
             child = subprocess.Popen(
                 command,
                 cwd=working_directory(journal),
@@ -93,9 +93,9 @@ class LocalBackend:
     def find(self, journal: Journal) -> Handle | None:
         """The coordinator that works on the job already, whoever started it."""
         wanted = journal.location
-        for process in psutil.process_iter(["cmdline", "create_time"]):
-            command = process.info["cmdline"] or []
-            if command[1:4] == ["-m", self._module, wanted] and process.status() != psutil.STATUS_ZOMBIE:
+        for process in own_processes():
+            command = process.info["cmdline"]
+            if command[1:4] == ["-m", self._module, wanted]:
                 ray_dir = command[command.index("--ray-dir") + 1]
                 return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": ray_dir}
         return find_spare(journal)
@@ -139,40 +139,6 @@ def _remove(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(0.1)
-
-
-def tail(path: Path, lines: int) -> str:
-    """The last lines of a log file; nothing where there is none."""
-    try:
-        if path.exists() or not places.is_mirrored(path):
-            with open(path, "rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 400 * lines))
-                content = file.read()
-        else:
-            content = places.read_bytes(path)
-    except FileNotFoundError:
-        return ""
-    text = content.decode(errors="replace")
-    return "\n".join(text.splitlines()[-lines:])
-
-
-def working_directory(journal: Journal) -> str:
-    """Relative paths of a spec start where it was submitted, as long as that folder exists."""
-    folder = journal.facts()["working_directory"]
-    return folder if os.path.isdir(folder) else str(journal.directory)
-
-
-def entry(journal: Journal, working_directory: Path) -> str:
-    """Shell that a coordinator elsewhere starts behind: relative paths start where they do on one machine.
-
-    A node that shares no files has no such folder, and gets the folders of its copies.
-    """
-    folder = shlex.quote(str(working_directory))
-    if not places.is_mirrored(journal.directory):
-        return f"cd {folder}"
-    copies = shlex.quote(str(journal.directory))
-    return f"mkdir -p {shlex.quote(str(journal.logs_dir))} && {{ cd {folder} 2> /dev/null || cd {copies}; }}"
 
 
 def _kill_group(handle: Handle) -> None:

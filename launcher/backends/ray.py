@@ -13,14 +13,12 @@ from typing import Any
 
 import httpx2
 
-from launcher.attend import ask_to_stop
+from launcher.attend import ask_to_stop, stop_file
 from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Phase
-from launcher.backends.local import entry, tail, working_directory
+from launcher.backends.common import entry, read_token, tail, working_directory
 from launcher.journal import Journal
 from launcher.profiles import RayProfile, home_of, profile_named
-from parallelism import places
 
-STOP = "stop"
 STOP_WAIT_SECONDS = 660
 """How long Ray leaves a stopped job to write its checkpoints before it ends it by force."""
 ANSWER_SECONDS = 30.0
@@ -45,11 +43,10 @@ class RayBackend:
         jobs = JobsApi(profile.address, profile.token_file)
         _check_ray(profile.address, jobs.ray_version())
         submission = _new_id(journal, jobs)
-        stop_file = journal.cluster_dir / f"{STOP}.{submission}"
         environment = {**profile.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(self._stop_wait_seconds)}
         document = {
             "submission_id": submission,
-            "entrypoint": _entrypoint(journal, profile, stop_file, self._module),
+            "entrypoint": _entrypoint(journal, profile, submission, self._module),
             "metadata": {"espalier_job": journal.job_id, "espalier_journal": journal.location},
             "runtime_env": {"env_vars": environment},
         }
@@ -58,7 +55,7 @@ class RayBackend:
         except (ValueError, BackendUnavailable):  # an id that is taken is an error of the server, too
             if jobs.get(submission) is None:
                 raise  # otherwise somebody was faster, and this is the same submission
-        return _handle(profile, submission, stop_file)
+        return _handle(profile, submission, stop_file(journal, submission))
 
     def find(self, journal: Journal) -> Handle | None:
         """The submission of this job that has not ended, by what was written on it. Raises ``BackendUnavailable``."""
@@ -67,14 +64,14 @@ class RayBackend:
             mine = (row.get("metadata") or {}).get("espalier_journal") == journal.location
             if mine and row["status"] in PHASES:
                 submission = str(row["submission_id"])
-                return _handle(profile, submission, journal.cluster_dir / f"{STOP}.{submission}")
+                return _handle(profile, submission, stop_file(journal, submission))
         return None
 
     def status(self, handle: Handle) -> BackendStatus:
         """Where the submission stands. A cluster that does not answer is waited for."""
         try:
             row = _jobs(handle).get(handle["submission"])
-        except BackendUnavailable as error:
+        except (BackendUnavailable, ValueError) as error:  # a token that is refused may be renewed
             return BackendStatus(Phase.WAITING, str(error))
         if row is None:
             return BackendStatus(Phase.ENDED, "the cluster does not know it any more: its history ends with its head")
@@ -183,7 +180,7 @@ class JobsApi:
         """The token is read each time: it may be changed while a service runs."""
         if self._token_file is None:
             return {}
-        return {"Authorization": f"Bearer {self._token_file.read_text(encoding='ascii').strip()}"}
+        return {"Authorization": f"Bearer {read_token(self._token_file)}"}
 
 
 def _check_ray(address: str, found: str) -> None:
@@ -211,15 +208,13 @@ def _new_id(journal: Journal, jobs: JobsApi) -> str:
         attempt += 1
 
 
-def _entrypoint(journal: Journal, profile: RayProfile, stop_file: Path, module: str) -> str:
-    """Relative paths start where the job was submitted, as on one machine; output goes into the journal."""
+def _entrypoint(journal: Journal, profile: RayProfile, submission: str, module: str) -> str:
     coordinator = [profile.python, "-m", module, journal.location, "--address", "auto"]
     coordinator += ["--nodes", str(profile.nodes)]
     devices = journal.spec().execution.devices
     coordinator += ["--devices", str(devices)] if devices else []
-    command = [profile.python, "-m", "launcher.attend", places.address(stop_file), *coordinator]
-    start, log = entry(journal, Path(working_directory(journal))), shlex.quote(str(journal.log_path("coordinator")))
-    return f"{start} && exec {shlex.join(command)} >> {log} 2>&1"
+    command = [profile.python, "-m", "launcher.attend", journal.location, submission, *coordinator]
+    return f"{entry(journal, Path(working_directory(journal)))} && exec {shlex.join(command)}"
 
 
 def _reason(row: Mapping[str, Any]) -> str:
@@ -235,13 +230,13 @@ def _profile(journal: Journal) -> RayProfile:
     return profile
 
 
-def _handle(profile: RayProfile, submission: str, stop_file: Path) -> Handle:
+def _handle(profile: RayProfile, submission: str, stop: Path) -> Handle:
     token_file = str(profile.token_file) if profile.token_file else None
     return {
         "submission": submission,
         "address": profile.address,
         "token_file": token_file,
-        "stop_file": str(stop_file),
+        "stop_file": str(stop),
     }
 
 

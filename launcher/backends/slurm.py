@@ -4,15 +4,17 @@ The script is rendered from the job (:mod:`launcher.backends.slurm_script`). Slu
 time limit or the loss of a node: the same submission then goes on with a new attempt.
 """
 
+import contextlib
 import os
 import secrets
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.backends.base import BackendStatus, BackendUnavailable, Handle, Phase
-from launcher.backends.local import tail, working_directory
+from launcher.backends.common import tail, working_directory
 from launcher.backends.slurm_options import SlurmOptions
 from launcher.backends.slurm_queue import ENDED, JobQueue, Queue, QueuedJob
 from launcher.backends.slurm_rest import RestQueue
@@ -147,13 +149,18 @@ def _handle(number: int, journal: Journal, rest: SlurmRest | None) -> Handle:
 
 
 def write_token(path: Path) -> None:
-    """A secret that only this job's Ray cluster knows, readable by its owner alone; one that is there stays."""
+    """A secret that only this job's Ray cluster knows, readable by its owner alone; one that is there stays.
+
+    It appears whole: half of one, as a full disk leaves it, would be kept for ever.
+    """
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # readable by its owner alone
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32))
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        os.unlink(draft)
 
 
 def _status(number: int, job: QueuedJob | None) -> BackendStatus:

@@ -17,6 +17,7 @@ import httpx2
 
 from launcher.attend import ask_to_stop
 from launcher.backends.base import BackendUnavailable
+from launcher.backends.common import read_token
 from launcher.backends.slurm_queue import JobQueue, QueuedJob, SlurmRefused, read_jobs
 from launcher.profiles import SlurmRest
 
@@ -65,7 +66,7 @@ class RestQueue(JobQueue):
         headers = {
             "X-SLURM-USER-NAME": self._rest.user,
             # Read each time: tokens of Slurm end, and are renewed in their file.
-            "X-SLURM-USER-TOKEN": self._rest.token_file.read_text(encoding="ascii").strip(),
+            "X-SLURM-USER-TOKEN": read_token(self._rest.token_file),
         }
         try:
             answer = httpx2.request(

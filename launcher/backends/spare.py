@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,19 @@ def read_claim(folder: Path) -> Claim | None:
     return Claim(claim["journal"], claim["devices"])
 
 
+def own_processes() -> Iterator[psutil.Process]:
+    """Those of this user that run, with ``cmdline`` and ``create_time``: others could claim to be anything."""
+    for process in psutil.process_iter(["cmdline", "create_time", "uids", "status"]):
+        mine = process.info["uids"] is not None and process.info["uids"].real == os.getuid()
+        if mine and process.info["cmdline"] and process.info["status"] != psutil.STATUS_ZOMBIE:
+            yield process
+
+
 def find_spare(journal: Journal) -> Handle | None:
     """The process, once a spare one, that works on the job already, whoever started it."""
-    for process in psutil.process_iter(["cmdline", "create_time"]):
-        command = process.info["cmdline"] or []
-        if command[1:3] == ["-m", MODULE] and process.status() != psutil.STATUS_ZOMBIE:
+    for process in own_processes():
+        command = process.info["cmdline"]
+        if command[1:3] == ["-m", MODULE]:
             claim = read_claim(Path(command[3]))
             if claim and claim.journal == journal.location:
                 return {"pid": process.pid, "created": process.info["create_time"], "ray_dir": command[3]}

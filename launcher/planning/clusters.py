@@ -79,10 +79,9 @@ def placement_problems(spec: JobSpec, home: Path) -> Iterator[Problem]:
 
 def _slurm_problems(spec: JobSpec, profile: Profile) -> Iterator[Problem]:
     options, threads = spec.execution.slurm or SlurmOptions(), spec.execution.threads_per_rank
-    if shutil.which("sbatch") is None:
-        yield Problem(
-            "execution.backend", "slurm", "sbatch is not on this machine", "submit where Slurm's commands are"
-        )
+    if profile.slurm.rest is None and shutil.which("sbatch") is None:
+        how = "submit where Slurm's commands are, or the operator names slurmrestd as slurm.rest in the profile"
+        yield Problem("execution.backend", "slurm", "sbatch is not on this machine", how)
     if options.devices_per_node(threads) == 0:
         what = f"one rank needs {threads} (execution.threads_per_rank)"
         yield Problem("execution.slurm.cpus_per_node", options.cpus_per_node, what, f"use {threads} or more")
@@ -148,6 +147,8 @@ def _queue_problems(options: KubernetesOptions, offer: KubernetesProfile) -> Ite
     elif offer.queue_kind and offer.queues is not None and queue not in offer.queues:
         what = "the profile does not offer this queue" if queue else "the profile wants one named"
         yield Problem(field, queue, what, _one_of(offer.queues))
+    elif offer.queue_kind == "kueue" and not queue:  # nobody would ever let it in
+        yield Problem(field, queue, "Kueue lets in what has a queue", "name one: kubectl get localqueues")
 
 
 def _one_of(names: list[str]) -> str:

@@ -60,6 +60,11 @@ class FeederProcess:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended, by itself or by a fault."""
+        return self._process.poll() is not None
+
     def close(self, timeout_seconds: float = 60.0) -> int:
         """Let it write what is left, for a limited time. Returns its exit code: 0 when everything was written."""
         if not self._once:  # it would not live to hear it

@@ -252,10 +252,13 @@ def _document(model: BaseModel, status: int = 200, headers: Mapping[str, str] | 
 def delete(request: Request, who: Submitter, job_id: JobId, if_match: IfMatch = None) -> Response:
     """The job's directory stays, until ``espalier gc``; it is not taken up again when the store is rebuilt."""
     service = service_of(request)
-    service.jobs.delete(job_id, who.sees, version_of(if_match))
-    journal = service.journal(job_id)
-    if journal is not None:
-        journal.write_document(FORGOTTEN, {"by": who.account.owner})
+
+    def forget() -> None:
+        journal = service.journal(job_id)
+        if journal is not None:
+            journal.write_document(FORGOTTEN, {"by": who.account.owner})
+
+    service.jobs.delete(job_id, who.sees, version_of(if_match), before=forget)
     return Response(status_code=204)
 
 

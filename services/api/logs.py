@@ -11,7 +11,7 @@ from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from launcher.backends.local import tail
+from launcher.backends.common import tail
 from parallelism import places
 from services.api.context import service_of
 from services.api.documents import LogFile, LogList

@@ -31,11 +31,17 @@ class Feeders:
         """
         for job_id in sorted(unfed - set(self._running) - set(self._closing)):
             if time.monotonic() >= self._not_before.get(job_id, 0.0):
-                journal, once = self._home.journal(job_id), job_id not in active
-                self._running[job_id] = FeederProcess(journal, self._home.root, self._uri, once)
-        for job_id in [one for one in self._running if one not in active]:
+                self._start(job_id, once=job_id not in active)
+        for job_id in [one for one, process in self._running.items() if one not in active or process.ended]:
             self._closing[job_id] = self._threads.submit(self._running.pop(job_id).close, CLOSE_SECONDS)
         return self._harvest()
+
+    def _start(self, job_id: str, once: bool) -> None:
+        try:
+            self._running[job_id] = FeederProcess(self._home.journal(job_id), self._home.root, self._uri, once)
+        except OSError as error:
+            self._not_before[job_id] = time.monotonic() + AGAIN_SECONDS
+            log.warning("the feeder of job %s does not start: %s", job_id, error)
 
     def _harvest(self) -> set[str]:
         told = set()

@@ -4,11 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from launcher.actors.versions import note_dispatch
-from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Phase, make_backend
+from launcher.backends.base import Backend, BackendStatus, BackendUnavailable, Handle, Phase, make_backend
 from launcher.backends.local import LocalBackend
 from launcher.jobs import NO_TRACKING, rest_job
 from launcher.processes import end_processes
@@ -40,6 +41,8 @@ from services.store.tables import JobRow
 from services.store.webhooks import Webhooks
 
 RESTING_POLL_SECONDS = 10.0
+STOPPED = "stopped"
+"""In a handle: this service ends the submission, so that its end is no wish of anybody else's."""
 PICTURE_SECONDS = 1.0
 """How often the picture of a running job is written to the store; changes of state are written at once."""
 
@@ -140,11 +143,12 @@ class Dispatcher:
     def _tend(self, row: JobRow, lease: Lease) -> bool:
         """Look at one job and do what it needs; whether it wants its turn."""
         if time.monotonic() < self._look_at.get(row.id, 0.0) and not _asks(row):
-            return _queued(row)
+            return _queued(row) and row.id in self._watched
         try:
             action = self._decide(row, lease)
         except (OSError, ValueError) as error:
             self._trouble(row.id, error)
+            self._explain(row, f"the dispatcher cannot look at it: {error}", lease)
             return False
         if isinstance(action, Nothing | Queue):
             if row.handle is None:
@@ -160,11 +164,17 @@ class Dispatcher:
         # The back-end first: what a coordinator that has ended had to say is in the journal then.
         status = self._backend(watched).status(row.handle) if row.handle else None
         seen = self._observe(row, watched, lease)
-        if status and status.phase is Phase.WAITING and row.waiting != status.reason:
-            self._jobs.explain({row.id: status.reason}, lease)
+        if status and row.handle and row.handle.get(STOPPED):
+            status = replace(status, final=False)  # it was this service's doing
+        if status and status.phase is Phase.WAITING:
+            self._explain(row, status.reason, lease)
         if watched.journal.desired() != row.desired:
             hand_over(watched.journal, row)
         return next_action(_intent(row), _seen(watched, seen, status), time.time(), self._settings.grace_seconds)
+
+    def _explain(self, row: JobRow, why: str, lease: Lease) -> None:
+        if row.waiting != why:
+            self._jobs.explain({row.id: why}, lease)
 
     def _watch(self, row: JobRow) -> Watched:
         if row.id not in self._watched:
@@ -177,7 +187,7 @@ class Dispatcher:
         """A dispatcher that was killed may have submitted and not written it down."""
         try:
             row.handle = self._backend(watched).find(watched.journal) or {}
-        except BackendUnavailable:
+        except (OSError, ValueError):
             return  # the submission that follows tells it
         if row.handle:
             self._jobs.note(row.id, lease, handle=row.handle)
@@ -198,8 +208,7 @@ class Dispatcher:
         backend = self._backend(watched)
         if isinstance(action, HardStop):
             log.warning("job %s: its coordinator is ended by force: %s", row.id, action.why)
-            assert row.handle
-            backend.stop(row.handle, 0.0)
+            self._stop(row, backend, 0.0, lease)
         elif isinstance(action, Released):
             end_processes(watched.view)
             self._jobs.note(row.id, lease, handle=None)
@@ -255,9 +264,21 @@ class Dispatcher:
         try:
             self._jobs.note(row.id, lease, handle=handle, dispatched=time.time(), waiting=None, fed=False)
         except LeaseLost:
-            backend.stop(handle, 0.0)  # whoever leads now has one of its own
+            self._withdraw(row, backend, handle)
             raise
         log.info("job %s: coordinator %s started", row.id, handle.get("pid", ""))
+
+    def _withdraw(self, row: JobRow, backend: Backend, handle: Handle) -> None:
+        """Whoever leads now finds a submission elsewhere as this process did; one that has another ends this."""
+        kept = self._jobs.get(row.id, None).handle
+        if kept != handle and (kept or backend is self._local):
+            backend.stop(handle, 0.0)
+
+    def _stop(self, row: JobRow, backend: Backend, grace_seconds: float, lease: Lease) -> None:
+        """End a submission; that it is meant is known before, also to whoever leads next."""
+        assert row.handle
+        self._jobs.note(row.id, lease, handle={**row.handle, STOPPED: True})
+        backend.stop(row.handle, grace_seconds)
 
     def _start_next(self, rows: list[JobRow], waiting: list[JobRow], lease: Lease) -> None:
         """Give the free devices to whose turn it is, and tell the others why they wait."""
@@ -268,10 +289,13 @@ class Dispatcher:
         turns = take_turns([self._in_line(row, accounts) for row in waiting], holding, self._settings.devices)
         by_id = {row.id: row for row in waiting}
         for job_id in turns.start:
-            watched = self._watched[job_id]
-            self._intend(by_id[job_id], watched, Submit(0.0, by_id[job_id].fruitless), lease)
-            self._submit(by_id[job_id], watched, lease)
+            row, watched = by_id[job_id], self._watched[job_id]
+            self._intend(row, watched, Submit(0.0, row.fruitless), lease)
             self._look_at.pop(job_id, None)
+            try:
+                self._submit(row, watched, lease)
+            except (OSError, ValueError) as error:  # it is tried again, as after the loss of a coordinator
+                self._trouble(job_id, error)
         changed = {job_id: why for job_id, why in turns.reasons.items() if by_id[job_id].waiting != why}
         if changed:
             self._jobs.explain(dict(changed), lease)
@@ -322,7 +346,7 @@ class Dispatcher:
         rows = [row for row in self._jobs.at_work() if row.handle]
         if rows:
             log.info("%s jobs write their checkpoints and end", len(rows))
-        for future in [self._threads.submit(self._stop_one, row) for row in rows]:
+        for future in [self._threads.submit(self._stop_one, row, lease) for row in rows]:
             future.result()
         for row in rows:
             lease = self._leader.lease()
@@ -330,10 +354,9 @@ class Dispatcher:
                 self._observe(self._jobs.get(row.id, None), self._watch(row), lease)
                 self._jobs.note(row.id, lease, handle=None)
 
-    def _stop_one(self, row: JobRow) -> None:
+    def _stop_one(self, row: JobRow, lease: Lease) -> None:
         watched = self._watch(row)
-        assert row.handle
-        self._backend(watched).stop(row.handle, self._settings.grace_seconds)
+        self._stop(row, self._backend(watched), self._settings.grace_seconds, lease)
         end_processes(self._home.journal(row.id).view())
 
 

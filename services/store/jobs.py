@@ -1,6 +1,6 @@
 """Jobs in the store: handing in, asking, observing. A change of state is one transaction, held against the table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -187,14 +187,20 @@ class JobStore:
                     row.plan, row.devices = wish.plan, wish.devices
             return row
 
-    def delete(self, job_id: str, owner: str | None, version: int | None = None) -> JobRow:
-        """Remove the record of a job that nobody works on any more. Raises what :meth:`ask` raises."""
+    def delete(
+        self, job_id: str, owner: str | None, version: int | None = None, before: Callable[[], None] = lambda: None
+    ) -> JobRow:
+        """Remove the record of a job that nobody works on any more. Raises what :meth:`ask` raises.
+
+        ``before`` is called once nothing speaks against it; what it raises keeps the record.
+        """
         with self.database.write() as session:
             row = _find(session, job_id, owner, lock=True)
             if version is not None and row.version != version:
                 raise VersionChanged(f"job {job_id} has changed since it was read: read it again")
             if JobState(row.state) not in FINAL | {JobState.FAILED} or row.handle is not None:
                 raise Conflict(f"job {job_id} is {row.state}: cancel it first, and wait until it is")
+            before()
             session.delete(row)
             return row
 

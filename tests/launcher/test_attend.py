@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from launcher.attend import ask_to_stop, attend
+from launcher.journal import Journal
 from launcher.ray_node import Node, _earlier_dirs, listens, parse
 from tests.services.running import ROOT, until
 
@@ -21,11 +22,11 @@ time.sleep(60)
 """
 
 
-def _when_up(ready: Path, stop_file: Path, now: bool) -> threading.Thread:
+def _when_up(ready: Path, file: Path, now: bool) -> threading.Thread:
     def ask() -> None:
         while not ready.exists():
             threading.Event().wait(0.05)
-        ask_to_stop(stop_file, now=now)
+        ask_to_stop(file, now=now)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -34,10 +35,10 @@ def _when_up(ready: Path, stop_file: Path, now: bool) -> threading.Thread:
 
 @pytest.mark.parametrize(("now", "code"), [(False, 5), (True, 128 + signal.SIGKILL)])
 def test_a_file_stands_for_a_signal(now: bool, code: int, tmp_path: Path) -> None:
-    ready, stop_file = tmp_path / "ready", tmp_path / "cluster" / "stop"
+    ready, file = tmp_path / "ready", tmp_path / "cluster" / "stop"
     before = signal.getsignal(signal.SIGTERM)
-    _when_up(ready, stop_file, now)
-    assert attend([sys.executable, "-c", PATIENT, str(ready)], stop_file) == code
+    _when_up(ready, file, now)
+    assert attend([sys.executable, "-c", PATIENT, str(ready)], file) == code
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -80,7 +81,7 @@ def test_the_command_ends_with_whoever_attends_it(tmp_path: Path) -> None:
     """A batch system kills what it knows of, and that may be the parent alone."""
     written = tmp_path / "pid"
     command = [sys.executable, "-c", ATTENDED, str(written)]
-    attending = subprocess.Popen([sys.executable, "-m", "launcher.attend", str(tmp_path / "stop"), *command], cwd=ROOT)
+    attending = subprocess.Popen([sys.executable, "-m", "launcher.attend", str(tmp_path), "s", *command], cwd=ROOT)
     until(lambda: written.exists() and written.read_text(), 60)
     attended = psutil.Process(int(written.read_text()))
     attending.kill()
@@ -92,3 +93,17 @@ def test_the_command_ends_with_whoever_attends_it(tmp_path: Path) -> None:
 def test_what_earlier_lives_left_behind_is_known() -> None:
     assert _earlier_dirs(Path("/tmp/esp-7.2")) == [Path("/tmp/esp-7.0"), Path("/tmp/esp-7.1")]
     assert _earlier_dirs(Path("/tmp/esp-7.0")) == _earlier_dirs(Path("/tmp/esp-x")) == []
+
+
+def test_output_goes_on_in_the_log_and_its_end_to_where_it_would_have_gone(tmp_path: Path) -> None:
+    log = Journal(tmp_path).log_path("coordinator")
+    log.write_text("before\n", encoding="utf-8")
+    command = [sys.executable, "-m", "launcher.attend", str(tmp_path), "s", "sh", "-c"]
+    ended = [
+        subprocess.run([*command, script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        for script in ("echo well", "echo badly >&2; exit 7")
+    ]
+    assert [one.returncode for one in ended] == [0, 7]
+    assert log.read_text(encoding="utf-8") == "before\nwell\nbadly\n"
+    assert (ended[0].stdout + ended[0].stderr, ended[1].stdout) == ("", "")
+    assert ended[1].stderr.endswith("badly\n\n")

@@ -342,6 +342,8 @@ def test_what_the_head_s_pod_printed_is_shown_where_the_coordinator_said_nothing
     server.put("", "pods", {"metadata": {"name": "head", "labels": labels}})
     server.logs["head"] = "bash: ray: command not found\n"
     _until(lambda: "command not found" in backend.logs(handle, journal))
+    server.change(handle["name"], jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=ENDED)
+    _until(lambda: backend.logs(handle, journal) == "Trace")
 
 
 def test_the_role_grants_what_is_used_and_nothing_else(place: Place, server: ApiServer) -> None:

@@ -1,6 +1,7 @@
 """The RayJob of a job: its options, its golden form, KubeRay's schema, and what its scripts do."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from launcher.attend import ask_to_stop
+from launcher.attend import ask_to_stop, stop_file
 from launcher.backends.kubernetes import kubernetes_job, render_job
 from launcher.backends.kubernetes_manifest import KubernetesJob, job_name, render, to_yaml
 from launcher.backends.kubernetes_options import KubernetesOptions
@@ -35,9 +36,7 @@ JOB = KubernetesJob(
     job_id="tiny-3fa9c1",
     name=job_name("tiny-3fa9c1", JOURNAL, 1),
     journal=JOURNAL,
-    entry="cd '/espalier/anna'\"'\"'s files'",
-    log=Path(JOURNAL) / "logs" / "coordinator.log",
-    stop_file=f"{JOURNAL}/cluster/stop",
+    entry=f"{{ cd '/espalier/anna'\"'\"'s files' 2> /dev/null || cd {JOURNAL}; }}",
     ray_version="2.60.0",
     threads_per_rank=4,
     environment={"RAY_USAGE_STATS_ENABLED": "0"},
@@ -79,8 +78,7 @@ OPERATORS = KubernetesProfile.model_validate(
 IN_STORE = replace(
     JOB,
     journal=STORED,
-    entry=f"mkdir -p {JOURNAL}/logs && {{ cd /work 2> /dev/null || cd {JOURNAL}; }}",
-    stop_file=f"s3://models/tiny-3fa9c1/cluster/stop#{JOURNAL}/cluster/stop",
+    entry=f"mkdir -p {JOURNAL} && {{ cd /work 2> /dev/null || cd {JOURNAL}; }}",
     copies=Path(JOURNAL).parent,
 )
 SCRATCH = KubernetesProfile.model_validate(
@@ -227,6 +225,11 @@ def test_what_a_job_gets_wrong_about_its_place_is_told_with_a_remedy(tmp_path: P
     }
     nowhere = _home(tmp_path / "nowhere", volumes=[{"claim": "home", "mount": "/elsewhere"}])
     assert "no volume of its pods holds the home" in _problems(_spec(), nowhere)["execution.profile"]
+    any_queue = _home(tmp_path / "any-queue", queue_kind="kueue")
+    assert _problems(_spec(kubernetes={"queue": "a"}), any_queue) == {}
+    assert _problems(_spec(), any_queue) == {
+        "execution.kubernetes.queue": "Kueue lets in what has a queue; name one: kubectl get localqueues"
+    }
     assert _problems(_spec(kubernetes={"queue": "a"}), _home(tmp_path / "plain")) == {
         "execution.kubernetes.queue": '"a": the profile knows no queues; leave it out'
     }
@@ -275,7 +278,6 @@ class Pod:
 
     def __init__(self, folder: Path, coordinator: str) -> None:
         self.journal = new_journal(folder / "home" / "jobs", execution={"backend": "kubernetes"})
-        self.journal.log_path("coordinator").parent.mkdir(parents=True, exist_ok=True)
         (folder / "bin").mkdir()
         (folder / "bin" / "ray").write_text(f"#!/bin/sh\ntouch {folder}/stopped\n", encoding="utf-8")
         (folder / "bin" / "ray").chmod(0o755)
@@ -285,7 +287,7 @@ class Pod:
         job = kubernetes_job(
             self.journal.spec(), self.journal, "job-1", "esp-x-e1", folder, "in_place_of_a_coordinator"
         )
-        self.stop_file = Path(job.stop_file)
+        self.stop_file = stop_file(self.journal, job.name)
         manifest = render_job(self.journal.spec(), PLAIN.model_copy(update={"python": sys.executable}), job)
         self.entrypoint = manifest["spec"]["entrypoint"]
         template = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
@@ -335,3 +337,19 @@ time.sleep(60)
     assert (tmp_path / "stopped").exists()
     assert runs.wait(20) == 3
     subprocess.run(pod.before_the_end, env=pod.environment, timeout=10, check=True)  # nothing to wait for
+
+
+def test_a_folder_that_pods_do_not_have_is_done_without_and_a_volume_that_is_missing_is_not(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, "print(Path.cwd())")
+    spec = pod.journal.spec()
+    profile = PLAIN.model_copy(update={"python": sys.executable})
+    job = kubernetes_job(
+        spec, pod.journal, "job-1", "esp-x-e1", tmp_path / "submitted-here", "in_place_of_a_coordinator"
+    )
+    entrypoint = ["/bin/sh", "-c", render_job(spec, profile, job)["spec"]["entrypoint"]]
+    environment = pod.environment | {"PYTHONPATH": f"{pod.environment['PYTHONPATH']}:{tmp_path}"}
+    assert subprocess.run(entrypoint, env=environment, timeout=60, check=False).returncode == 0
+    assert str(pod.journal.directory) in pod.journal.log_path("coordinator").read_text(encoding="utf-8")
+    shutil.rmtree(pod.journal.directory)
+    assert subprocess.run(entrypoint, env=environment, timeout=60, check=False).returncode == TEMPORARY_EXIT_CODE
+    assert not pod.journal.directory.exists()

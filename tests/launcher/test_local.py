@@ -14,7 +14,8 @@ import pytest
 from launcher import environment
 from launcher.actors import session
 from launcher.backends.base import BACKENDS, Phase, make_backend
-from launcher.backends.local import LocalBackend, tail
+from launcher.backends.common import tail
+from launcher.backends.local import LocalBackend
 from launcher.jobs import Home, JobError, collect_garbage, create_job, find_job, list_jobs
 from launcher.journal import Journal
 from launcher.processes import local_processes
@@ -84,7 +85,7 @@ def test_another_process_can_ask_for_a_submission_by_its_handle(tmp_path: Path) 
     assert other.status(handle | {"created": 1.0}).phase is Phase.ENDED
 
 
-def test_a_coordinator_is_found_by_the_job_it_works_on(tmp_path: Path) -> None:
+def test_a_coordinator_is_found_by_the_job_it_works_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, backend = new_journal(tmp_path), LocalBackend("tests.launcher.sleeper")
     handle = backend.submit(journal)
     try:
@@ -93,6 +94,9 @@ def test_a_coordinator_is_found_by_the_job_it_works_on(tmp_path: Path) -> None:
         assert (found["pid"], found["ray_dir"]) == (handle["pid"], handle["ray_dir"])
         assert found["created"] == pytest.approx(handle["created"], abs=0.1)
         assert backend.find(Journal(tmp_path / "another")) is None
+        with monkeypatch.context() as patch:  # other users' processes may claim to be anything
+            patch.setattr("launcher.backends.spare.os.getuid", lambda: -1)
+            assert backend.find(journal) is None
     finally:
         backend.stop(handle, 0)
     assert backend.find(journal) is None

@@ -1,6 +1,8 @@
 """Whole jobs whose journals are in a real S3 server, which is killed and started again while they run."""
 
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.finished import STEPS
 from tests.launcher.faults import FaultPlan
 from tests.launcher.outages import Outages, brought, spec_of, steps_told
 from tests.object_store import ObjectStore, clients_of, forgetful_store, object_store
+from tests.services.running import ROOT, until
 
 FAULTY = "tests.launcher.faulty_coordinator"
 
@@ -120,10 +123,32 @@ def test_a_store_that_stays_away_ends_the_attempt_and_not_the_job(
 ) -> None:
     jobs = tmp_path / "jobs"
     away = f"s3://jobs/away/job#{jobs}/job"
-    monkeypatch.setattr(sys, "argv", ["attend", away, "sleep", "60"])
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with clients_of(ObjectStore(tmp_path, [9])):  # nobody answers there
         places.mirror(jobs, ObjectTree("s3://jobs/away", patience_seconds=0.0))
         assert coordinator.main([away, "--address", "own"]) == TEMPORARY_EXIT_CODE
-        assert pod.main(["run", away, "true"]) == TEMPORARY_EXIT_CODE
-        assert attend.main() == TEMPORARY_EXIT_CODE
+        assert pod.main(["run", away, "s", "true"]) == TEMPORARY_EXIT_CODE
+        assert attend.main([away, "s", "sleep", "60"]) == TEMPORARY_EXIT_CODE
+
+
+def test_pods_know_of_each_other_through_the_store_alone(store: ObjectStore, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", store.url(tmp_path.name))
+    journal = create_job(spec_of(tmp_path), home)
+    stop = attend.stop_file(journal, "s")
+    assert places.is_mirrored(stop)
+    assert places.is_mirrored(pod.alive_file(stop))
+    in_pod = [sys.executable, "-m", "launcher.pod"]
+    patient = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); print('up'); "
+    command = [*in_pod, "run", journal.location, "s", sys.executable, "-uc", patient + "time.sleep(60)"]
+    log = journal.log_path("coordinator")
+    with subprocess.Popen(command, cwd=ROOT) as head:
+        until(lambda: log.exists() and "up" in log.read_text(encoding="utf-8"), 60)
+        assert places.exists(pod.alive_file(stop))
+        subprocess.run([*in_pod, "end", journal.location, "s", "30"], cwd=ROOT, timeout=60, check=True)
+        assert head.wait(30) == 3
+    assert not places.exists(pod.alive_file(stop))
+    shutil.rmtree(journal.directory)  # the next pod is on another node
+    again = [*in_pod, "run", journal.location, "s", "echo", "once more"]
+    assert subprocess.run(again, cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert places.read_bytes(log) == b"up\nonce more\n"
+    places.leave(journal.directory)

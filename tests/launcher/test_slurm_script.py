@@ -1,5 +1,6 @@
 """The batch script of a job, its options, and what Slurm's answers mean."""
 
+import errno
 import json
 import subprocess
 from dataclasses import replace
@@ -79,6 +80,19 @@ def test_what_slurm_is_told_stands_before_the_first_command() -> None:
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300"} <= set(lines)
 
 
+def test_half_a_token_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(count: int) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.backends.slurm.secrets.token_hex", full)
+        with pytest.raises(OSError, match="No space"):
+            write_token(tmp_path / "token")
+    assert list(tmp_path.iterdir()) == []
+    write_token(tmp_path / "token")
+    assert len((tmp_path / "token").read_text()) == 64
+
+
 def test_the_token_is_in_a_file_of_its_owner_and_not_in_the_script(tmp_path: Path) -> None:
     journal = new_journal(tmp_path / "home" / "jobs", execution={"backend": "slurm"})
     journal.cluster_dir.mkdir()
@@ -148,12 +162,15 @@ def test_what_a_job_gets_wrong_about_its_place_is_told_with_a_remedy(
     wrong = _spec(threads_per_rank=4, slurm={"partition": "vip", "gpus_per_node": 2, "cpus_per_node": 2})
     found = _problems(wrong, home)
     assert found == {
-        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s commands are',
+        "execution.backend": '"slurm": sbatch is not on this machine; submit where Slurm\'s commands are,'
+        " or the operator names slurmrestd as slurm.rest in the profile",
         "execution.slurm.cpus_per_node": "2: one rank needs 4 (execution.threads_per_rank); use 4 or more",
         "execution.slurm.partition": '"vip": the profile does not offer this partition; use one of cpu, gpu',
         "execution.profile": '"default": it does not say what the GPUs are; the operator adds slurm: {gpu: {name: ...,'
         " memory_gib: ...}} to it in profiles.yaml",
     }
+    through_rest = "default: {slurm: {rest: {url: 'http://ctl:6820', user: anna, token_file: /token}}}"
+    assert _problems(_spec(), _write_profiles(tmp_path / "rest", through_rest)) == {}
     assert _problems(_spec(profile="nowhere"), home) == {
         "execution.profile": '"nowhere": unknown profile; available: default'
     }

@@ -161,6 +161,7 @@ def test_the_settings_are_read_as_they_stand(path: Path, tmp_path: Path) -> None
     service, profile = load_settings(tmp_path), load_profiles(tmp_path)["default"].kubernetes
     assert isinstance(profile, KubernetesProfile)
     assert service.mlflow == "http://espalier-mlflow:5000"
+    assert service.backends == ["kubernetes"]  # nothing runs in the pods of the service
     assert service.database_url == "postgresql://espalier@espalier-postgres/espalier"
     assert (profile.run_as_user, profile.fs_group, profile.namespace) == (10001, 10001, "espalier")
     if service.journals:

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from launcher.journal import Journal
 from launcher.spec import JobSpec, parse_spec
 from launcher.states import JobState
+from parallelism.objects import StoreAwayError
 from services.client import calls
 from services.settings import Settings
 from services.store.jobs import Change, Observation
@@ -172,6 +174,23 @@ def test_states_decide_what_may_be_asked(api: Api) -> None:
     assert api.http.delete(f"/v1/jobs/{job}").status_code == 204
     assert api.http.get(f"/v1/jobs/{job}").status_code == 404
     assert journal.document("forgotten") is not None
+
+
+def test_a_job_whose_journal_cannot_be_told_is_not_forgotten(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = api.submit()
+    api.journal(job)
+    lease = api.service.leases.take(DISPATCHER, "test", 60.0)
+    assert lease is not None
+    api.service.jobs.observe(job, Observation(3, 1, [Change(1, 1.0, JobState.CANCELLED)]), lease)
+
+    def away(*_: object) -> None:
+        raise StoreAwayError("the object store does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write_document", away)
+        assert api.http.delete(f"/v1/jobs/{job}").status_code == 503
+    assert api.http.get(f"/v1/jobs/{job}").status_code == 200
+    assert api.http.delete(f"/v1/jobs/{job}").status_code == 204
 
 
 def test_resume_at_another_layout_is_checked_and_kept(api: Api) -> None:

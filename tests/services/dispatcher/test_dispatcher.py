@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 
+from launcher.backends.base import BackendStatus, Phase
 from launcher.jobs import Home, create_job
 from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import JobState
 from services.dispatcher.loop import Dispatcher
+from services.dispatcher.policy import Settle, Submit
 from services.reindex import back_up, reindex
 from services.settings import Settings
 from services.store.database import Database, StoreError
 from services.store.jobs import Account, Filter, JobStore, NewJob, UnknownJob, Wish
+from services.store.leases import DISPATCHER, Leases
 from services.store.tables import JobRow
 from tests.launcher.made import spec_document
 from tests.services.running import ROOT, until
@@ -234,6 +237,79 @@ def test_coordinators_that_never_begin_are_given_up_with_their_last_words(tmp_pa
         row = bench.reaches(job, JobState.FAILED)
     assert "the coordinator died 4 times without getting anywhere" in (row.error or "")
     assert "No module named" in (row.error or "")
+
+
+def test_a_job_that_cannot_be_opened_says_so_and_holds_up_nobody(bench: Bench) -> None:
+    broken = bench.submit(5)
+    folder = bench.settings.home / "jobs" / broken
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way", encoding="utf-8")
+    with bench.led():
+        until(lambda: "in the way" in (bench.row(broken).waiting or "") or bench.row(broken).waiting, SECONDS)
+        other = bench.submit(5)
+        bench.reaches(other, JobState.SUCCEEDED)
+        assert "the dispatcher cannot look at it" in str(bench.row(broken).waiting)
+        folder.unlink()
+        bench.reaches(broken, JobState.SUCCEEDED)
+
+
+class Elsewhere:
+    """A back-end that finds a submission again by its name; it remembers what it was asked to end."""
+
+    outlives = True
+
+    def __init__(self) -> None:
+        self.stopped: list[dict[str, Any]] = []
+
+    def stop(self, handle: dict[str, Any], grace_seconds: float) -> None:
+        self.stopped.append(handle)
+
+
+@pytest.mark.parametrize(
+    ("kept", "local", "ends"),
+    [
+        ({"name": "mine"}, False, False),  # the next leader has found it
+        ({}, False, False),  # and will
+        ({"name": "other"}, False, True),
+        ({}, True, True),  # a process of this machine, which others do not see
+        ({"name": "mine"}, True, False),
+    ],
+)
+def test_who_leads_no_longer_ends_only_what_nobody_took_over(
+    bench: Bench, kept: dict[str, Any], local: bool, ends: bool
+) -> None:
+    job, backend, dispatcher = bench.submit(5), Elsewhere(), Dispatcher(bench.settings)
+    if local:
+        dispatcher._local = backend
+    lease = Leases(Database(bench.settings.database_url)).take(DISPATCHER, "next", 60.0)
+    assert lease is not None
+    bench.jobs.note(job, lease, handle=kept)
+    dispatcher._withdraw(bench.row(job), backend, {"name": "mine"})
+    assert bool(backend.stopped) is ends
+
+
+def test_that_an_end_is_meant_is_known_before_it_comes(bench: Bench) -> None:
+    """The next leader must not take it for the wish of somebody else."""
+    job, dispatcher = bench.submit(5), Dispatcher(bench.settings)
+    lease = Leases(Database(bench.settings.database_url)).take(DISPATCHER, "this", 60.0)
+    assert lease is not None
+    bench.jobs.note(job, lease, handle={"name": "mine"})
+    noted: list[Any] = []
+
+    class Asked(Elsewhere):
+        def stop(self, handle: dict[str, Any], grace_seconds: float) -> None:
+            noted.append(bench.row(job).handle)
+
+        def status(self, handle: dict[str, Any]) -> BackendStatus:
+            return BackendStatus(Phase.ENDED, "was deleted", final=True)
+
+    backend = Asked()
+    dispatcher._backends["local"] = backend
+    dispatcher._stop(bench.row(job), backend, 0.0, lease)
+    assert noted == [{"name": "mine", "stopped": True}]
+    assert isinstance(dispatcher._decide(bench.row(job), lease), Submit)
+    bench.jobs.note(job, lease, handle={"name": "mine"})  # as if somebody else had deleted it
+    assert isinstance(dispatcher._decide(bench.row(job), lease), Settle)
 
 
 def test_owners_take_turns_and_devices_are_never_given_twice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from launcher.jobs import Home, create_job
@@ -32,3 +33,23 @@ def test_a_job_that_came_to_rest_untold_is_told(tmp_path: Path, empty_store: Pat
     (experiment,) = client.search_experiments(filter_string="name != 'Default'")
     runs = client.search_runs([experiment.experiment_id], f"tags.`{JOB_TAG}` = '{journal.job_id}'")
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_feeder_that_died_is_followed_by_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = create_job(JobSpec.model_validate(spec_document()), Home(tmp_path))
+    feeders, active = Feeders(Home(tmp_path), "http://127.0.0.1:9"), {journal.job_id}
+    feeders.tend(active, active)
+    first = feeders._running[journal.job_id]
+    first._process.kill()
+    monkeypatch.setattr("services.dispatcher.feeders.AGAIN_SECONDS", 0.0)
+    until(lambda: feeders.tend(active, active) or feeders._running.get(journal.job_id, first) is not first)
+    feeders.close(0.0)
+
+
+def test_a_feeder_that_cannot_start_holds_up_nothing(tmp_path: Path) -> None:
+    journal = create_job(JobSpec.model_validate(spec_document()), Home(tmp_path))
+    journal.logs_dir.write_text("in the way", encoding="utf-8")
+    feeders = Feeders(Home(tmp_path), None)
+    assert feeders.tend({journal.job_id}, {journal.job_id}) == set()
+    assert feeders._running == {}
+    feeders.close(0.0)
