@@ -81,7 +81,7 @@ class RealSlurm:
         """Run one of Slurm's commands to its end; its output."""
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
-    def configure(self, preemption: str = "PreemptParameters=send_user_signal") -> None:
+    def configure(self, preemption: str = "SlurmctldParameters=preempt_send_user_signal") -> None:
         """Write down how it works; ``preemption``: a line about that. Daemons that are up are told."""
         addresses = {name: machine.address for name, machine in self.machines.items()}
         text = CONFIGURATION.format(folder=self.folder, cpus=CPUS, preemption=preemption, **addresses)
