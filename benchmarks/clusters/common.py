@@ -24,18 +24,23 @@ GRID = {
 SLURM = {"nodes": 2, "cpus_per_node": 2, "partition": "main"}
 
 
-def job_document(folder: Path, data: int, *, steps: int = STEPS, grid: bool = True) -> dict[str, Any]:
-    """One GPT with dropout, tensor-parallel on two ranks times ``data``; the back-end's name is still to come."""
+def job_document(
+    folder: Path, data: int, *, pipeline: int = 1, steps: int = STEPS, grid: bool = True
+) -> dict[str, Any]:
+    """One GPT with dropout, on two tensor-parallel ranks times ``data`` times ``pipeline``.
+
+    The back-end's name is still to come.
+    """
     document = small_job(folder / "text")
     (large,) = [one for one in document["candidates"] if one["name"] == CANDIDATE]
     large["model"] |= {"dropout": 0.1}
     return document | {
         "budget": {"tokens": (steps * BATCH + CALIBRATION * grid) * LENGTH},
-        "candidates": [large | {"layout": {"tensor": 2, "data": data}}],
+        "candidates": [large | {"layout": {"tensor": 2, "data": data, "pipeline": pipeline}}],
         "compression": GRID if grid else {},
         "export": {"variants": "none"},
         "execution": {
-            "devices": 2 * data,
+            "devices": 2 * data * pipeline,
             "threads_per_rank": 1,
             "checkpoint_every": {"steps": EVERY},
             "slurm": SLURM,
@@ -80,7 +85,7 @@ def _kind(key: str) -> str:
     return f"random state {key.rpartition('/')[2]}" if key.startswith("random_state") else f"weight {key}"
 
 
-def nodes_of(journal: Journal) -> dict[int, str]:
-    """Rank → host name, of the last process group."""
+def nodes_of(journal: Journal, name: str = "node") -> dict[int, str]:
+    """Rank → host name of its node, or another of its names (``node_id``: Ray's), of the last process group."""
     events = [event for event in journal.events() if event["kind"] == "process_started" and event["role"] == "rank"]
-    return {event["rank"]: event["node"] for event in events}
+    return {event["rank"]: event[name] for event in events}

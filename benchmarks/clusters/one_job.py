@@ -1,15 +1,15 @@
 """One job file on three back-ends, and on Slurm under requeues: the same bits everywhere.
 
-A small GPT with dropout is trained tensor-parallel on two ranks times two, then pruned and quantised. The same file,
-but for the name of the back-end, runs on this machine, on a Ray cluster of two nodes and on a Slurm of two nodes; nodes
-are network namespaces with addresses of their own, and each carries one tensor-parallel group. Weights, moments, random
-states and variants have to be the same bit for bit. Then the job runs on Slurm once more and is requeued by
+A small GPT with dropout is trained tensor-parallel on two ranks times two (data-parallel, or with ``--pipeline`` as two
+stages), then pruned and quantised. The same file, but for the name of the back-end, runs on this machine, on a Ray
+cluster of two nodes and on a Slurm of two nodes; nodes are network namespaces with addresses of their own, and each
+carries one tensor-parallel group. Weights, moments, random states and variants have to be the same bit for bit. Then the job runs on Slurm once more and is requeued by
 ``scontrol requeue`` at random steps: the same bits again, and a ledger that goes on over all attempts.
 
 Exit code 1 when something does not hold. Needs root and Slurm (``make test-slurm`` installs it). Takes about twenty
 minutes on two cores.
 
-    python benchmarks/clusters/one_job.py [--json FILE] [--requeues 5] [--seed 1]
+    python benchmarks/clusters/one_job.py [--pipeline] [--json FILE] [--requeues 5] [--seed 1]
 """
 
 import argparse
@@ -49,6 +49,7 @@ from tests.slurm.cluster import NODES, RealSlurm, real_slurm
 from tests.slurm.jobs import FAULTY, Watched, random_steps
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "one_job.json"
+PIPELINE = RESULTS.with_name("one_job_pipeline.json")
 PACE_SECONDS = 1.0
 """Of a step under requeues, at least: an attempt does some more before it is ended."""
 FRESH_SECONDS = 0.3
@@ -94,6 +95,7 @@ def measure(journal: Journal, state: JobState, seconds: float) -> dict[str, Any]
         "error": view.error,
         "seconds": round(seconds, 1),
         "nodes_of_ranks": nodes_of(journal),
+        "ray_nodes_of_ranks": nodes_of(journal, "node_id"),
         "attempts": view.epoch,
         "process_groups": [
             {
@@ -131,8 +133,9 @@ def checks(
             yield f"{name}: {one['state']}: {one['error']}"
         if one["progress"] != runs["local"]["progress"]:
             yield f"{name}: other progress than on this machine"
-        if name != "local" and not _spread(one["nodes_of_ranks"]):
-            yield f"{name}: ranks are on {one['nodes_of_ranks']}"
+        for kind in ("nodes_of_ranks", "ray_nodes_of_ranks"):
+            if name != "local" and not _spread(one[kind]):
+                yield f"{name}: {kind} is {one[kind]}"
         burnt = sum(group["device_seconds"] for group in one["process_groups"])
         if abs(burnt - one["device_seconds"]) > 0.1:
             yield f"{name}: the ledger has {one['device_seconds']} device-seconds, process groups burnt {burnt}"
@@ -168,9 +171,9 @@ def _requeue_checks(run: dict[str, Any], calm: dict[str, Any], requeues: int) ->
         yield f"{REQUEUED}: {run['lost_device_seconds']} device-seconds are lost, restarts lost {lost}"
 
 
-def campaign(folder: Path, requeues: int, seed: int) -> dict[str, Any]:
+def campaign(folder: Path, pipeline: bool, requeues: int, seed: int) -> dict[str, Any]:
     """All runs, what they left, and what does not hold."""
-    home, document = Home(folder / "home"), job_document(folder, data=2)
+    home, document = Home(folder / "home"), job_document(folder, data=2 - pipeline, pipeline=1 + pipeline)
     home.root.mkdir()
     runs: dict[str, dict[str, Any]] = {}
     table: dict[str, dict[str, str]] = {}
@@ -211,15 +214,16 @@ def left_of_jobs(slurm: RealSlurm) -> list[str]:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--pipeline", action="store_true", help="two stages instead of two replicas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: {RESULTS.name}, or {PIPELINE.name}")
     parser.add_argument("--requeues", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     mark_campaign()
     with tempfile.TemporaryDirectory(prefix="one-job-") as name:
-        result = campaign(Path(name), given.requeues, given.seed)
+        result = campaign(Path(name), given.pipeline, given.requeues, given.seed)
     text = json.dumps(result, indent=1).replace(name, "FOLDER")
-    given.json.write_text(text + "\n")
+    (given.json or (PIPELINE if given.pipeline else RESULTS)).write_text(text + "\n")
     print(
         "\n".join(result["wrong"]) or f"{result['hashes_compared']} hashes are the same in {len(result['runs'])} runs"
     )
