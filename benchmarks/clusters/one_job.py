@@ -3,8 +3,9 @@
 A small GPT with dropout is trained tensor-parallel on two ranks times two (data-parallel, or with ``--pipeline`` as two
 stages), then pruned and quantised. The same file, but for the name of the back-end, runs on this machine, on a Ray
 cluster of two nodes and on a Slurm of two nodes; nodes are network namespaces with addresses of their own, and each
-carries one tensor-parallel group. Weights, moments, random states and variants have to be the same bit for bit. Then the job runs on Slurm once more and is requeued by
-``scontrol requeue`` at random steps: the same bits again, and a ledger that goes on over all attempts.
+carries one tensor-parallel group. Weights, moments, random states and variants have to be the same bit for bit. Then
+the job runs on Slurm once more and is requeued by ``scontrol requeue`` at random steps: the same bits again, and a
+ledger that goes on over all attempts.
 
 Exit code 1 when something does not hold. Needs root and Slurm (``make test-slurm`` installs it). Takes about twenty
 minutes on two cores.
