@@ -11,7 +11,7 @@ ENV PATH=/opt/espalier/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 COPY deploy/docker/requirements.py deploy/docker/
-RUN python3 deploy/docker/requirements.py pyproject.toml api postgres objects kubernetes > /tmp/requirements.txt \
+RUN python3 deploy/docker/requirements.py pyproject.toml api postgres objects > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 
 FROM requirements AS code

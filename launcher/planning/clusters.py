@@ -77,9 +77,14 @@ def placement_problems(spec: JobSpec, home: Path) -> Iterator[Problem]:
         yield from _kubernetes_problems(spec, profiles[name], home)
 
 
+def _dispatches() -> bool:
+    """Whether jobs may be dispatched from here: an API without Ray has a dispatcher elsewhere, with what that needs."""
+    return find_spec("ray") is not None
+
+
 def _slurm_problems(spec: JobSpec, profile: Profile) -> Iterator[Problem]:
     options, threads = spec.execution.slurm or SlurmOptions(), spec.execution.threads_per_rank
-    if profile.slurm.rest is None and shutil.which("sbatch") is None:
+    if _dispatches() and profile.slurm.rest is None and shutil.which("sbatch") is None:
         how = "submit where Slurm's commands are, or the operator names slurmrestd as slurm.rest in the profile"
         yield Problem("execution.backend", "slurm", "sbatch is not on this machine", how)
     if options.devices_per_node(threads) == 0:
@@ -114,7 +119,7 @@ def _kubernetes_problems(spec: JobSpec, profile: Profile, home: Path) -> Iterato
         how = f"the operator adds kubernetes: {{image: ..., volumes: ...}} to it in {FILE}, or name another profile"
         yield Problem("execution.profile", name, "it says of no Kubernetes cluster", how)
         return
-    if find_spec("kubernetes") is None:
+    if _dispatches() and find_spec("kubernetes") is None:
         how = "pip install 'espalier-service[kubernetes]' where jobs are submitted"
         yield Problem("execution.backend", "kubernetes", "its client is not installed", how)
     if options.devices_per_node(threads) == 0:

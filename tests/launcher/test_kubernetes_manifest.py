@@ -235,6 +235,16 @@ def test_what_a_job_gets_wrong_about_its_place_is_told_with_a_remedy(tmp_path: P
     }
 
 
+@pytest.mark.parametrize(("installed", "told"), [({"ray"}, True), ({"ray", "kubernetes"}, False), (set(), False)])
+def test_the_client_has_to_be_where_jobs_are_dispatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: set[str], told: bool
+) -> None:
+    """The API's image has neither: its dispatcher is elsewhere."""
+    monkeypatch.setattr("launcher.planning.clusters.find_spec", lambda name: name if name in installed else None)
+    found = _problems(_spec(), _home(tmp_path / "home")).get("execution.backend", "")
+    assert ("pip install 'espalier-service[kubernetes]'" in found) is told
+
+
 def test_a_misspelt_profile_is_told_by_its_field(tmp_path: Path) -> None:
     home = _home(tmp_path, tolerations=[{"effect": "Never"}])
     with pytest.raises(SpecError, match=r"default\.kubernetes\.tolerations\.0\.effect"):
