@@ -79,6 +79,8 @@ def machines(*names: str, private: Path | None = None) -> Iterator[list[Machine]
         number, switch = _switch(stack)
         network = NETWORK.format(number)
         _ip("link", "add", switch, "type", "veth", "peer", "name", "outside", "netns", switch)
+        # With its namespace it would go, too, but a moment later, when the next one may have this number.
+        stack.callback(_ip, "link", "delete", switch)
         _ip("address", "add", f"{network}.1/24", "dev", switch)
         _ip("link", "set", switch, "up")
         _plug(switch, "outside")
