@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,8 @@ NETWORKS = 256
 NETWORK = "198.18.{}"
 """A range set aside for measurements between devices (RFC 2544); nothing real is there."""
 FIRST = 11
+_numbers = count(os.getpid())
+"""The kernel takes a namespace down a moment after it was deleted: none has the number of the one before."""
 NAMESPACES = Path("/run/netns")
 ENTER = """set -e
 hostname "$0"
@@ -79,7 +82,6 @@ def machines(*names: str, private: Path | None = None) -> Iterator[list[Machine]
         number, switch = _switch(stack)
         network = NETWORK.format(number)
         _ip("link", "add", switch, "type", "veth", "peer", "name", "outside", "netns", switch)
-        # With its namespace it would go, too, but a moment later, when the next one may have this number.
         stack.callback(_ip, "link", "delete", switch)
         _ip("address", "add", f"{network}.1/24", "dev", switch)
         _ip("link", "set", switch, "up")
@@ -97,7 +99,7 @@ def machines(*names: str, private: Path | None = None) -> Iterator[list[Machine]
 
 def _switch(stack: ExitStack) -> tuple[int, str]:
     """A number that nobody else has, and the namespace of a bridge."""
-    for number in range(NETWORKS):
+    for number in (next(_numbers) % NETWORKS for _ in range(NETWORKS)):
         name = f"esp{number}"
         if not (NAMESPACES / name).exists():
             try:
