@@ -43,7 +43,7 @@ class KubernetesJob:
     journal: str
     """Its location."""
     entry: str
-    """Shell that the coordinator starts behind (:func:`launcher.backends.local.entry`)."""
+    """Shell that the coordinator starts behind (:func:`launcher.backends.common.entry`)."""
     ray_version: str
     copies: Path | None = None
     """Where a pod keeps copies of a job that is in an object store."""

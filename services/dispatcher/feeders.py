@@ -34,7 +34,7 @@ class Feeders:
                 self._start(job_id, once=job_id not in active)
         for job_id in [one for one, process in self._running.items() if one not in active or process.ended]:
             self._closing[job_id] = self._threads.submit(self._running.pop(job_id).close, CLOSE_SECONDS)
-        return self._harvest()
+        return self._harvest(active)
 
     def _start(self, job_id: str, once: bool) -> None:
         try:
@@ -43,13 +43,14 @@ class Feeders:
             self._not_before[job_id] = time.monotonic() + AGAIN_SECONDS
             log.warning("the feeder of job %s does not start: %s", job_id, error)
 
-    def _harvest(self) -> set[str]:
+    def _harvest(self, active: set[str]) -> set[str]:
         told = set()
         for job_id in [one for one, future in self._closing.items() if future.done()]:
             exit_code = self._closing.pop(job_id).result()
-            if exit_code in (EXIT_DONE, EXIT_REFUSED):  # what MLflow refuses, it refuses the next time too
+            # What MLflow refuses of a job at rest, it refuses the next time too.
+            if job_id not in active and exit_code in (EXIT_DONE, EXIT_REFUSED):
                 told.add(job_id)
-            else:
+            elif exit_code != EXIT_DONE:
                 self._not_before[job_id] = time.monotonic() + AGAIN_SECONDS
                 log.warning("MLflow does not have all of job %s yet (exit code %s)", job_id, exit_code)
         return told

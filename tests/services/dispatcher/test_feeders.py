@@ -2,15 +2,17 @@
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from mlflow import MlflowClient
 
 from launcher.jobs import Home, create_job
+from launcher.journal import Journal
 from launcher.spec import JobSpec
 from launcher.states import JobState
 from launcher.tracking.feed import JOB_TAG
-from launcher.tracking.process import default_uri
+from launcher.tracking.process import EXIT_REFUSED, default_uri
 from services.dispatcher.feeders import Feeders
 from tests.launcher.made import spec_document
 from tests.services.running import until
@@ -52,4 +54,33 @@ def test_a_feeder_that_cannot_start_holds_up_nothing(tmp_path: Path) -> None:
     feeders = Feeders(Home(tmp_path), None)
     assert feeders.tend({journal.job_id}, {journal.job_id}) == set()
     assert feeders._running == {}
+    feeders.close(0.0)
+
+
+class Refused:
+    """A feeder to whom MLflow has said no."""
+
+    ended = True
+    started: ClassVar[list[bool]] = []
+
+    def __init__(self, journal: Journal, home: Path, uri: str | None, once: bool) -> None:
+        self.started.append(once)
+
+    def close(self, seconds: float) -> int:
+        return EXIT_REFUSED
+
+
+def test_what_is_refused_of_a_job_at_work_is_tried_again_but_not_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.dispatcher.feeders.FeederProcess", Refused)
+    journal = create_job(JobSpec.model_validate(spec_document()), Home(tmp_path))
+    feeders, job = Feeders(Home(tmp_path), None), {journal.job_id}
+    until(lambda: feeders.tend(job, job) or journal.job_id in feeders._not_before)
+    assert all(feeders.tend(job, job) == set() for _ in range(5))
+    assert Refused.started == [False]
+    feeders._not_before.clear()
+    told: set[str] = set()
+    until(lambda: told.update(feeders.tend(set(), job - told)) or told)  # at rest, that was the last word
+    assert Refused.started == [False, True]
     feeders.close(0.0)
