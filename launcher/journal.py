@@ -231,10 +231,14 @@ class Journal:
         return record if record and record.inputs_hash == inputs_hash else None
 
     def commit_stage(self, name: str, inputs_hash: str, outputs: Mapping[str, Any], seconds: float) -> StageRecord:
-        """Declare a stage done. The manifest becomes true by the event, which a stale attempt cannot write."""
+        """Declare a stage done, once in an attempt.
+
+        The manifest is created and never replaced; it becomes true by the event, which a stale attempt cannot write.
+        """
         key = f"stages/{name}.e{self.epoch:04d}.json"
         manifest = {"stage": name, "inputs_hash": inputs_hash, "outputs": dict(outputs), "seconds": seconds}
-        self.storage.put(key, _encode(manifest | {"epoch": self.epoch, "created": time.time()}))
+        if not self.storage.put_exclusive(key, _encode(manifest | {"epoch": self.epoch, "created": time.time()})):
+            raise StaleEpochError(f"stage {name} is done already in attempt {self.epoch}")
         self.append("stage_done", {"stage": name, "inputs_hash": inputs_hash, "manifest": key, "seconds": seconds})
         return StageRecord(name, inputs_hash, dict(outputs), seconds)
 

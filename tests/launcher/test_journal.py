@@ -265,6 +265,19 @@ def test_a_stage_is_done_only_with_the_same_inputs(tmp_path: Path) -> None:
     assert again.stage_done("prepare", hash_inputs("prepare", {"vocab": 512})) is None
 
 
+def test_a_manifest_is_never_replaced(tmp_path: Path) -> None:
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    journal.commit_stage("prepare", "abc", {"tokens": 1}, 0.1)
+    with pytest.raises(StaleEpochError, match="done already in attempt 1"):
+        journal.commit_stage("prepare", "abc", {"tokens": 2}, 0.1)
+    record = journal.stage("prepare")
+    assert record is not None
+    assert record.outputs == {"tokens": 1}
+    journal.claim_epoch()
+    assert journal.commit_stage("prepare", "xyz", {"tokens": 3}, 0.1).outputs == {"tokens": 3}
+
+
 def test_a_manifest_without_its_event_counts_for_nothing(tmp_path: Path) -> None:
     journal = new_journal(tmp_path)
     journal.claim_epoch()
