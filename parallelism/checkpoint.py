@@ -16,8 +16,9 @@ from parallelism import device
 from parallelism.budget import Progress
 from parallelism.checkpoint_files import agree, ranks_of
 from parallelism.checkpoint_reading import Reader, is_weight
-from parallelism.checkpoint_writing import Pending, Savable, Writer, Written
+from parallelism.checkpoint_writing import Pending, Savable, Written
 from parallelism.engines.state import restore_random_state, seed_everything
+from parallelism.forked_writer import ForkedWriter
 
 
 def save(engine: Savable, progress: Progress, directory: str | Path) -> Written:
@@ -79,10 +80,9 @@ def fill_weights(pieces: Sequence[ShardedTensor], directory: str | Path) -> None
 class AsyncSaver:
     """Writes checkpoints beside the training, one at a time. All methods are collective."""
 
-    def __init__(self, timeout_seconds: float = 3600.0) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self) -> None:
         self._pending: Pending | None = None
-        self._writer: Writer | None = None
+        self._writer: ForkedWriter | None = None
 
     def start(self, engine: Savable, progress: Progress, directory: str | Path) -> float:
         """Take a snapshot and start writing it; returns the seconds that training stood still.
@@ -92,7 +92,7 @@ class AsyncSaver:
         assert self._pending is None, "one save at a time: call wait() before the next start()"
         started = time.perf_counter()
         pending = Pending(engine, progress, Path(directory))
-        self._writer = Writer(pending, self._timeout_seconds)
+        self._writer = ForkedWriter(pending.write, pending.share)
         self._pending = pending
         return time.perf_counter() - started
 

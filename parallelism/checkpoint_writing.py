@@ -4,19 +4,14 @@ A forked process's memory is a snapshot (copy on write), so that training goes o
 Where checkpoints lie in an object store, every rank writes to its machine's copy, uploads that and deletes it.
 """
 
-import gc
 import io
 import json
 import os
-import pickle
-import signal
-import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,17 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
-from parallelism import device, places
+from parallelism import places
 from parallelism.budget import Progress
 from parallelism.checkpoint_files import COMMON, COMPLETE, FORMAT, agree, common_state, ranks_of
 from parallelism.engines.state import random_state, random_state_key
+from parallelism.forked_writer import Outcome
 from parallelism.layout import Layout
 from parallelism.models.base import ModelConfig
-
-Outcome = list[WriteResult] | str
-"""What a rank wrote, or why it could not."""
 
 
 class Savable(Protocol):
@@ -151,89 +143,6 @@ class Snapshot(DefaultSavePlanner):
             return self._random_state
         assert write_item.index.offset is not None
         return self._tensors[write_item.index.fqn, tuple(write_item.index.offset)]
-
-
-class Writer:
-    """A forked process that writes one rank's part, which is shared then; the process never outlives its parent."""
-
-    def __init__(self, pending: Pending, timeout_seconds: float) -> None:
-        self._share = pending.share
-        self._sharing: threading.Thread | None = None
-        self._outcome: Outcome | None = None
-        self._deadline = time.monotonic() + timeout_seconds
-        self._timeout_seconds = timeout_seconds
-        self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
-        self._status: int | None = None
-        parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            _write_in_child(pending, self._result, parent)
-
-    def ended(self) -> bool:
-        """Whether all is done; a process that is past its time is killed."""
-        if self._status is None:
-            self._reap(os.WNOHANG)
-        if self._status is None and time.monotonic() > self._deadline:
-            self.kill()
-        if self._status is not None and self._sharing is None:
-            # Not in the forked process: whoever talks to the network needs threads, which do not exist there.
-            self._sharing = threading.Thread(target=self._finish, name="checkpoint upload", daemon=True)
-            self._sharing.start()
-        return self._sharing is not None and not self._sharing.is_alive()
-
-    def outcome(self) -> Outcome:
-        """Wait for the process, and for what it wrote to be shared; return what it wrote."""
-        while not self.ended():
-            time.sleep(0.005)
-        return self._outcome or "what was written could not be shared"
-
-    def _finish(self) -> None:
-        self._outcome = self._share(self._written())
-
-    def _written(self) -> Outcome:
-        self._result.seek(0)
-        content = self._result.read()
-        self._result.close()
-        if self._status == 0 and content:
-            outcome: Outcome = pickle.loads(content)
-            return outcome
-        if time.monotonic() > self._deadline:
-            return f"the writing process was ended after {self._timeout_seconds:g} s"
-        return f"the writing process ended with status {self._status} (negative: by that signal)"
-
-    def kill(self) -> None:
-        """End the process at once; an upload under way ends by itself, and counts for nothing."""
-        if self._status is None:
-            os.kill(self._pid, signal.SIGKILL)
-            self._reap(0)
-
-    def _reap(self, options: int) -> None:
-        try:
-            pid, status = os.waitpid(self._pid, options)
-        except ChildProcessError:  # something else in this process reaps children: the result says how it went
-            self._status = 0
-            return
-        if pid:
-            self._status = os.waitstatus_to_exitcode(status)
-
-
-def _write_in_child(pending: Pending, result: IO[bytes], parent: int) -> None:
-    """The life of the forked process; it leaves without the clean-up that belongs to its parent."""
-    code = 1
-    try:
-        device.die_with_parent(parent)
-        # Stopping the training must not tear the checkpoint: the parent waits for it, or dies and takes it along.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        gc.disable()  # what it would collect belongs to the parent
-        torch.set_num_threads(1)  # OpenMP's threads do not exist in a forked process
-        pickle.dump(pending.write(), result)
-        result.flush()
-        code = 0
-    finally:
-        if code:
-            traceback.print_exc()
-        os._exit(code)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -115,9 +115,12 @@ class Checkpoints:
         return bool(policy.seconds and not self._pending and now >= self._last_started + policy.seconds)
 
     def write(self, progress: Progress, metrics: Metrics) -> None:
-        """Write a periodic checkpoint, in the background where the policy says so. Waits for the one before."""
+        """Write a periodic checkpoint, in the background where the policy says so. Waits for the one before.
+
+        One that has failed is tried again in the foreground, where less can go wrong.
+        """
         self.settle()
-        self._begin(progress, metrics, asynchronous=self._task.checkpoint.asynchronous)
+        self._begin(progress, metrics, asynchronous=self._task.checkpoint.asynchronous and not self._failures)
 
     def poll(self) -> None:
         """Complete the write in the background if it has ended; called once per step."""

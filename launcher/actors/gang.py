@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.actors.workers import LOST_NODE_SECONDS, TRAIN, GroupShape, RankEnded, Report, WorkerGroup
+from launcher.actors.workers import (
+    LOST_NODE_SECONDS,
+    NO_PROCESS,
+    PROCESS_SECONDS,
+    TRAIN,
+    GroupShape,
+    RankEnded,
+    Report,
+    WorkerGroup,
+)
 from launcher.adopt import adopt_newest, remove_older_roots
 from launcher.journal import Journal
 from launcher.life import last_sign
@@ -269,6 +278,8 @@ class CandidateRun:
                 group.launch(self._next_task())
                 self._progress_at = time.monotonic()
                 self.phase = Phase.RUNNING
+            elif not self._introduced and time.monotonic() > self._reserved_at + PROCESS_SECONDS:
+                self._fail(Ended(0, Cause.STALLED, NO_PROCESS))
             elif self._is_stalled():
                 self._fail(self._stall())
         except RankEnded as error:

@@ -19,6 +19,8 @@ from launcher.actors.versions import check_versions, versions_here
 from launcher.actors.workers import (
     LOST_CONNECTION,
     LOST_NODE_SECONDS,
+    NO_PROCESS,
+    PROCESS_SECONDS,
     GroupShape,
     RankFacts,
     end_of,
@@ -92,6 +94,7 @@ class _Worker:
     reservation: Reservation
     log: Path
     actor: Any = None
+    started_at: float = 0.0
     pending_facts: Any = None
     facts: RankFacts | None = None
     task: Task | None = None
@@ -126,10 +129,10 @@ class Pool:
 
     def close(self) -> None:
         """Give the devices back; waits until the workers are gone."""
-        pids = {worker.facts.pid for worker in self._workers if worker.facts}
+        processes = [worker.facts for worker in self._workers if worker.facts]
         for worker in list(self._workers):
             self._dismiss(worker)
-        wait_until_gone(pids, seconds=10.0)
+        wait_until_gone(processes, seconds=10.0)
 
     def run(self, tasks: Iterable[Task], done: Done) -> None:
         """Run the tasks and those that ``done`` adds, at most one per worker at a time.
@@ -215,6 +218,7 @@ class Pool:
             max_task_retries=0,
         )
         worker.actor = process.remote(worker.number, str(worker.log), self._journal.location, versions_here())
+        worker.started_at = time.monotonic()
         worker.pending_facts = worker.actor.facts.remote()
 
     def _collect(self, done: Done) -> list[Task]:
@@ -223,7 +227,12 @@ class Pool:
         for worker in list(self._workers):
             self._introduce(worker)
             task = worker.task
-            if task is None or not ray.wait([worker.call], timeout=0)[0]:
+            if task is None:
+                continue
+            if not ray.wait([worker.call], timeout=0)[0]:
+                if worker.facts is None and time.monotonic() > worker.started_at + PROCESS_SECONDS:
+                    self._after_end(worker, task, Ended(worker.number, Cause.STALLED, NO_PROCESS))
+                    next_tasks.append(task)
                 continue
             try:
                 result = ray.get(worker.call, timeout=60)

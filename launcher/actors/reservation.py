@@ -20,20 +20,31 @@ class Reservation:
 
     def __init__(self, bundles: Sequence[Bundle]) -> None:
         self._bundles = list(bundles)
-        self._placement: Any = placement_group(self._bundles, strategy="PACK")
         self._complain_at = time.monotonic() + SILENT_SECONDS
+        self._told = False
+        self._ask()
+
+    def _ask(self) -> None:
+        self._placement: Any = placement_group(self._bundles, strategy="PACK")
 
     def held(self) -> bool:
         """Whether all of it is held."""
         return bool(placement_group_table(self._placement)["state"] == "CREATED")
 
     def complaint(self) -> str | None:
-        """What the cluster lacks, while :meth:`held` is false; None where it is not time to say so (again)."""
+        """What the cluster lacks, while :meth:`held` is false; None where it is not time to say so (again).
+
+        What seems to be free and was not given for so long is asked for anew: Ray may have lost the request.
+        """
         now = time.monotonic()
         if now < self._complain_at:
             return None
-        self._complain_at = now + WAITING_SECONDS
+        told_before, self._complain_at = self._told, now + WAITING_SECONDS
+        self._told = True
         wanted, free, total = self._wanted(), ray.available_resources(), ray.cluster_resources()
+        if told_before and all(free.get(kind, 0) >= wanted[kind] for kind in wanted):
+            self.give_back()
+            self._ask()
         parts = [f"{wanted[kind]:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} free)" for kind in wanted]
         count = len(self._bundles)
         spread = f" in {count} bundles of one node each" if count > 1 else " on one node"

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ HOST_STORE = "parallelism.device:host_store"
 LOST_NODE_SECONDS, ANSWER_SECONDS = 30.0, 1.0
 """Within what time Ray notices that a node is gone, whatever its settings, and a rank that lives answers."""
 LOST_CONNECTION = "Ray lost the connection to it"
+PROCESS_SECONDS = 300.0
+"""Within what time Ray has a process up on a device that is held, on the busiest machine."""
+NO_PROCESS = f"Ray did not bring its process up within {PROCESS_SECONDS:g} s"
 
 STORE_PATIENCE_SECONDS = 60.0
 """How long a worker waits for an object store; a checkpoint that cannot be stored is tried again, a task elsewhere."""
@@ -370,8 +373,7 @@ class WorkerGroup:
             ray.kill(actor, no_restart=True)
         if self._reservation is not None:
             self._reservation.give_back()
-        here = {facts.pid for facts in self._facts if facts.node == socket.gethostname()}
-        wait_until_gone(here, wait_seconds)
+        wait_until_gone(self._facts, wait_seconds)
         self._actors, self._runs, self._polls, self._questions, self._doubts = [], {}, {}, {}, {}
 
     def _value(self, rank: int, ref: Any) -> Any:
@@ -450,8 +452,12 @@ def live_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def wait_until_gone(pids: set[int], seconds: float) -> None:
-    """Wait until none of these processes of this machine runs any more, but no longer than ``seconds``."""
+def wait_until_gone(processes: Iterable[RankFacts], seconds: float) -> None:
+    """Wait until none of them runs on this machine any more, but no longer than ``seconds``.
+
+    Those of other machines cannot be seen from here; a number of theirs may be another process's here.
+    """
+    pids = {facts.pid for facts in processes if facts.node == socket.gethostname()}
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(_runs(pid) for pid in pids):
         time.sleep(0.02)

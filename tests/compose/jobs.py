@@ -42,16 +42,22 @@ def job(name: str, steps: int) -> dict[str, Any]:
         "candidates": [candidate],
         "compression": {"prune": {"methods": ["magnitude"], "sparsity": [0.5]}},
         "evaluation": {"tokens": 1024},
-        "execution": {"checkpoint_every": {"steps": 10}},
+        "execution": {"checkpoint_every": {"steps": 10}, "stall_seconds": 60},
     }
 
 
 def await_success(project: Project, job_id: str) -> None:
     """Wait until a job is at rest, which has to be a success."""
     client = project.client()
-    project.until(lambda: not client.job(job_id).active, JOB_SECONDS)
-    found = client.job(job_id)
-    assert found.state == "succeeded", f"{found}\n{project.logs()}"
+    project.until(lambda: not client.job(job_id).active, JOB_SECONDS, lambda: told(client, job_id))
+    assert client.job(job_id).state == "succeeded", f"{told(client, job_id)}\n{project.logs()}"
+
+
+def told(client: Client, job_id: str) -> str:
+    """What a job says of itself: where it stands, its last events, and the end of every log."""
+    events = [str(event)[:300] for event in client.events(job_id)]
+    ends = [f"{log.name}:\n{client.log(job_id, log.name, lines=40)}" for log in client.logs(job_id)]
+    return "\n".join([client.job(job_id).model_dump_json(exclude={"spec", "plan", "links"}), *events[-12:], *ends])
 
 
 def outcome(client: Client, job_id: str) -> dict[str, Any]:

@@ -89,13 +89,13 @@ class Project:
 
     def logs(self) -> str:
         """The end of what every part said."""
-        return self.compose("logs", "--tail", "40")
+        return self.compose("logs", "--tail", "20")
 
-    def until(self, condition: Callable[[], object], seconds: float) -> None:
-        """Wait for something."""
+    def until(self, condition: Callable[[], object], seconds: float, tell: Callable[[], str] = str) -> None:
+        """Wait for something; where it does not come, ``tell`` is asked for what there is to know of it."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"{self.compose('ps')}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"{tell()}\n{self.compose('ps')}\n{self.logs()}"
             time.sleep(0.5)
 
 

@@ -61,6 +61,20 @@ def test_a_group_that_waits_for_devices_says_for_which(
     fits.stop("pause", 0.0)
 
 
+def test_ranks_that_ray_never_brings_up_are_given_up(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.actors.gang.PROCESS_SECONDS", -1.0)
+    journal = new_journal(tmp_path)
+    journal.claim_epoch()
+    run = _run(journal)
+    run.reserve()
+    _poll(run, lambda: run.phase is Phase.FAILED)
+    assert run.failure is not None
+    assert "Ray did not bring its process up within 300 s" in run.failure
+    assert journal.view().candidate("small").gang.ended == "stalled"
+
+
 def test_a_death_is_written_down_once(room: Room, tmp_path: Path) -> None:
     """The coordinator that wrote it may die before the next group has begun."""
     journal = new_journal(tmp_path)

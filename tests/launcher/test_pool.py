@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 
+from launcher.actors import reservation
 from launcher.actors.pool import Pool, Task, TaskFailed, cluster_memory_bytes
 from launcher.actors.reservation import Reservation
 from launcher.actors.session import Room
@@ -77,6 +78,15 @@ def test_a_task_that_always_dies_is_given_up_by_name(pool: Pool, tmp_path: Path)
         pool.run([task], lambda *_: None)
 
 
+def test_a_worker_that_ray_never_brings_up_is_replaced_and_then_given_up(
+    pool: Pool, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.actors.pool.PROCESS_SECONDS", -1.0)
+    with pytest.raises(TaskFailed, match="echo: Ray did not bring its process up within 300 s"):
+        pool.run([Task("echo", f"{TOYS}:echo", {"value": 7})], lambda *_: None)
+    assert [event["kind"] for event in journal.events()].count("task_restart") == 2
+
+
 def test_a_users_error_is_told_at_once(pool: Pool, journal: Journal) -> None:
     with pytest.raises(TaskFailed, match="wrong: ValueError: field x is 9: use 3"):
         pool.run([Task("wrong", f"{TOYS}:refuse")], lambda *_: None)
@@ -119,6 +129,27 @@ def test_a_task_that_waits_for_a_worker_says_what_the_cluster_lacks(
     assert said == ["a worker for evaluate/small needs 1 CPU (0 of 4 free) on one node"]
     assert journal.view().waiting is None
     assert [event["kind"] for event in journal.events()].count("waiting") == 1
+
+
+def test_devices_that_are_free_and_do_not_come_are_asked_for_anew(
+    pool: Pool, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.actors.reservation.SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("launcher.actors.reservation.WAITING_SECONDS", 0.2)
+    table, lost = reservation.placement_group_table, list[Any]()
+
+    def forgetful(placement: Any) -> dict[str, Any]:
+        """As Ray when it has lost the first request."""
+        lost.extend([] if lost else [placement])
+        return {"state": "PENDING"} if placement is lost[0] else table(placement)
+
+    monkeypatch.setattr(reservation, "placement_group_table", forgetful)
+    results: list[int] = []
+    pool.run([Task("echo", f"{TOYS}:echo", {"value": 7})], lambda _, result: results.append(result))
+    pool.close()
+    assert results == [7]
+    assert "(3 of 4 free)" in next(event for event in journal.events() if event["kind"] == "waiting")["reason"]
+    _until(lambda: ray.available_resources().get("CPU") == 4.0)  # the lost one was given back
 
 
 def test_a_device_that_never_comes_holds_up_nothing_that_another_can_do(pool: Pool, journal: Journal) -> None:

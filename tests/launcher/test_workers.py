@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,7 +14,7 @@ import ray
 
 from launcher.actors import workers
 from launcher.actors.session import Room
-from launcher.actors.workers import GroupShape, RankEnded, Report, WorkerGroup, wait_until_gone
+from launcher.actors.workers import GroupShape, RankEnded, RankFacts, Report, WorkerGroup, wait_until_gone
 from launcher.policy import HOPELESS, Cause, root_cause
 
 Make = Callable[..., WorkerGroup]
@@ -147,8 +149,16 @@ def test_a_rank_that_hangs_delays_nobody_and_can_be_killed(make: Make) -> None:
         time.sleep(0.02)
     assert group.ends() == []
     group.kill(wait_seconds=20)
-    wait_until_gone({hanging}, 0)
     assert not psutil.pid_exists(hanging) or psutil.Process(hanging).status() == "zombie"
+
+
+def test_a_process_of_another_machine_is_not_waited_for_by_its_number() -> None:
+    there = RankFacts(rank=0, pid=os.getpid(), node="elsewhere", node_id="1", address="10.0.0.2", gpus=())
+    began = time.monotonic()
+    wait_until_gone([there], 20)
+    assert time.monotonic() < began + 1
+    wait_until_gone([replace(there, node=socket.gethostname())], 1)
+    assert time.monotonic() > began + 1
 
 
 def test_a_users_error_names_its_rank_and_text(make: Make) -> None:

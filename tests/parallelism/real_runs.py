@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,27 @@ def run_until_killed(task: TrainTask, rank: int, step: int) -> None:
         run_once(task)
     except RuntimeError:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_with_a_writer_that_hangs(task: TrainTask, rank: int) -> tuple[TrainResult, list[Event]]:
+    """One attempt in which a process that writes one rank's checkpoint hangs, once, as at a lock that nobody frees."""
+    from parallelism import checkpoint, checkpoint_writing
+    from parallelism.forked_writer import ForkedWriter
+
+    ours, write, hung = os.getpid(), checkpoint_writing.Pending.write, list[object]()
+
+    class Impatient(ForkedWriter):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, still_seconds=0.5)
+            hung.append(self)
+
+    def hanging_write(pending: Any) -> Any:
+        if os.getpid() != ours and torch.distributed.get_rank() == rank and not hung:
+            time.sleep(3600)
+        return write(pending)
+
+    checkpoint.ForkedWriter, checkpoint_writing.Pending.write = Impatient, hanging_write  # type: ignore[misc]
+    return run_once(task)
 
 
 def _kill_before_step(number: int) -> None:

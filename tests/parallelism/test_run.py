@@ -26,6 +26,7 @@ from tests.parallelism.real_runs import (
     run_all,
     run_once,
     run_until_killed,
+    run_with_a_writer_that_hangs,
 )
 from tests.ranks import Died, run_ranks
 
@@ -166,6 +167,18 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_only(tmp_path, data, 
     assert [(fields["step"], fields["attempt"]) for fields in failed] == [(2, 1), (4, 2)]
     assert "rank 0" in failed[0]["error"]
     assert [fields["step"] for fields in of(events, "checkpoint")] == [6, 8, 10, 12]
+    assert_same_bits(result.checkpoint, expected.checkpoint)
+
+
+def test_a_writing_process_that_hangs_costs_one_checkpoint(tmp_path, data, undisturbed):
+    task = made_task(data, tmp_path, layout=Layout(tensor=2), checkpoint=CheckpointPolicy(steps=2))
+    expected, _ = undisturbed(Layout(tensor=2))
+    result, events = run_ranks(run_with_a_writer_that_hangs, 2, task, 1)[0]
+    (failed,) = of(events, "checkpoint_failed")
+    assert failed["step"] == 2
+    assert "rank 1: the writing process did nothing for 0.5 s and was ended" in failed["error"]
+    written = [(fields["step"], fields["asynchronous"]) for fields in of(events, "checkpoint")]
+    assert written == [(4, False), (6, True), (8, True), (10, True), (12, False)]
     assert_same_bits(result.checkpoint, expected.checkpoint)
 
 
