@@ -1,9 +1,11 @@
 """Writes one rank's part of a checkpoint in a process forked from it, whose memory is a snapshot (copy on write).
 
 A forked process has only the thread that forked it, but every lock that any other thread held: it may wait for one of
-them for ever. Such a process is noticed by doing nothing at all, and ended; whoever asked for it writes by itself then.
+them for ever. Such a process is noticed by doing nothing at all, says where it stands, and is ended; whoever asked for
+it writes by itself then.
 """
 
+import faulthandler
 import gc
 import os
 import pickle
@@ -25,8 +27,11 @@ Outcome = list[WriteResult] | str
 
 LONGEST_SECONDS = 3600.0
 """How long writing may take."""
-STILL_SECONDS = 120.0
+STILL_SECONDS = 60.0
 """How long the process may do nothing: neither compute nor read or write, nor wait for a disk."""
+LAST_WORDS_SECONDS = 0.5
+TELL = signal.SIGUSR1
+"""Has the forked process print where it stands."""
 
 
 class ForkedWriter:
@@ -50,7 +55,7 @@ class ForkedWriter:
         self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
         self._status: int | None = None
         parent = os.getpid()
-        self._pid = os.fork()
+        self._pid = _fork()
         if self._pid == 0:
             _write_in_child(write, self._result, parent)
         self._pulse = Pulse(self._pid, still_seconds)
@@ -62,6 +67,8 @@ class ForkedWriter:
         if self._status is None and time.monotonic() > self._deadline:
             self._end("was past its time")
         if self._status is None and self._pulse.stopped():
+            os.kill(self._pid, TELL)
+            time.sleep(LAST_WORDS_SECONDS)
             self._end(f"did nothing for {self._pulse.seconds:g} s")
         if self._status is not None and self._sharing is None:
             # Not in the forked process: whoever talks to the network needs threads, which do not exist there.
@@ -135,6 +142,16 @@ class Pulse:
         return now > self._changed_at + self.seconds
 
 
+def _fork() -> int:
+    """As :func:`os.fork`. In the child nothing is collected: that belongs to the parent, and may need its locks."""
+    collects = gc.isenabled()
+    gc.disable()
+    pid = os.fork()
+    if pid and collects:
+        gc.enable()
+    return pid
+
+
 def _write_in_child(write: Callable[[], Outcome], result: IO[bytes], parent: int) -> None:
     """The life of the forked process; it leaves without the clean-up that belongs to its parent."""
     code = 1
@@ -143,7 +160,7 @@ def _write_in_child(write: Callable[[], Outcome], result: IO[bytes], parent: int
         # Stopping the training must not tear the checkpoint: the parent waits for it, or dies and takes it along.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        gc.disable()  # what it would collect belongs to the parent
+        faulthandler.register(TELL)
         torch.set_num_threads(1)  # OpenMP's threads do not exist in a forked process
         pickle.dump(write(), result)
         result.flush()

@@ -1,9 +1,11 @@
 """A forked process that writes: what becomes of it when it hangs, and that one which works is left alone."""
 
+import gc
 import os
 import time
 
 import psutil
+import pytest
 from torch.distributed.checkpoint.storage import WriteResult
 
 from parallelism.forked_writer import ForkedWriter, Outcome
@@ -30,13 +32,15 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def test_one_that_hangs_is_ended_and_the_reason_told() -> None:
+def test_one_that_hangs_says_where_and_is_ended(capfd: pytest.CaptureFixture[str]) -> None:
     before = children()
     began = time.monotonic()
     outcome = ForkedWriter(hang, keep, still_seconds=0.5).outcome()
     assert outcome == "the writing process did nothing for 0.5 s and was ended"
     assert time.monotonic() < began + 5
     assert children() == before
+    assert "in hang" in capfd.readouterr().err
+    assert gc.isenabled()
 
 
 def test_one_that_works_may_take_longer() -> None:
