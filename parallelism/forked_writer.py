@@ -1,19 +1,24 @@
 """Writes one rank's part of a checkpoint in a process forked from it, whose memory is a snapshot (copy on write).
 
 A forked process has only the thread that forked it, but every lock that any other thread held: it may wait for one of
-them for ever. Such a process is noticed by doing nothing at all, says where it stands, and is ended; whoever asked for
-it writes by itself then.
+them for ever. Before 3.12 Python itself does so at the fork, when a thread of Ray's is entering it at that moment
+(CPython's issue 112275, once in some thousand forks). So a process that does not begin is replaced at once, while the
+state is still the same; one that hangs later is noticed by doing nothing at all, says where it stands and is ended, and
+whoever asked for it writes by itself then.
 """
 
 import faulthandler
 import gc
+import logging
 import os
 import pickle
+import select
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO
 
 import psutil
@@ -29,15 +34,20 @@ LONGEST_SECONDS = 3600.0
 """How long writing may take."""
 STILL_SECONDS = 60.0
 """How long the process may do nothing: neither compute nor read or write, nor wait for a disk."""
+BEGIN_SECONDS, TRIES = 5.0, 3
+"""Within what time a forked process begins on the busiest machine, and how many may fail to in a row."""
 LAST_WORDS_SECONDS = 0.5
 TELL = signal.SIGUSR1
 """Has the forked process print where it stands."""
+
+_log = logging.getLogger(__name__)
 
 
 class ForkedWriter:
     """A forked process that writes, after which what it wrote is shared; the process never outlives its parent.
 
-    ``write`` is called there and ``share`` here, in a thread: both return what was written, or what went wrong.
+    ``write`` is called there and ``share`` here, in a thread: both return what was written, or what went wrong. Raises
+    ``OSError`` when no process can be forked.
     """
 
     def __init__(
@@ -55,7 +65,7 @@ class ForkedWriter:
         self._result: IO[bytes] = os.fdopen(os.memfd_create("checkpoint"), "w+b")
         self._status: int | None = None
         parent = os.getpid()
-        self._pid = _fork()
+        self._pid = fork()
         if self._pid == 0:
             _write_in_child(write, self._result, parent)
         self._pulse = Pulse(self._pid, still_seconds)
@@ -142,14 +152,42 @@ class Pulse:
         return now > self._changed_at + self.seconds
 
 
-def _fork() -> int:
-    """As :func:`os.fork`. In the child nothing is collected: that belongs to the parent, and may need its locks."""
-    collects = gc.isenabled()
+def fork() -> int:
+    """As :func:`os.fork`, of a process that has begun when this returns. Raises ``OSError`` when several do not.
+
+    In the child nothing is collected: that belongs to the parent, and may need its locks.
+    """
+    parent, collects = os.getpid(), gc.isenabled()
     gc.disable()
-    pid = os.fork()
-    if pid and collects:
-        gc.enable()
-    return pid
+    try:
+        for _ in range(TRIES):
+            hears, says = os.pipe()
+            pid = os.fork()
+            os.close(says if pid else hears)
+            if pid == 0:
+                os.write(says, b"!")
+                os.close(says)
+                return 0
+            if _has_begun(hears):
+                return pid
+            _log.warning("a forked process did not begin within %g s: forking again", BEGIN_SECONDS)
+            os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):  # somebody else in this process reaps children
+                os.waitpid(pid, 0)
+    finally:
+        if collects and os.getpid() == parent:
+            gc.enable()
+    raise ChildProcessError(f"{TRIES} forked processes in a row did not begin within {BEGIN_SECONDS:g} s")
+
+
+def _has_begun(hears: int) -> bool:
+    """Whether something comes out of a pipe in time, or its other end is closed; closes this one."""
+    waiting = select.poll()  # unlike select.select() for any number of open files
+    waiting.register(hears)
+    try:
+        return bool(waiting.poll(BEGIN_SECONDS * 1000))
+    finally:
+        os.close(hears)
 
 
 def _write_in_child(write: Callable[[], Outcome], result: IO[bytes], parent: int) -> None:

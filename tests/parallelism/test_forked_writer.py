@@ -8,6 +8,7 @@ import psutil
 import pytest
 from torch.distributed.checkpoint.storage import WriteResult
 
+from parallelism import forked_writer
 from parallelism.forked_writer import ForkedWriter, Outcome
 
 
@@ -28,6 +29,20 @@ def work_for_a_second() -> Outcome:
     return ["a result"]  # type: ignore[list-item]
 
 
+class StuckFork:
+    """os.fork() whose child stays in it, the first times: as before Python 3.12 when another thread holds its lock."""
+
+    def __init__(self, times: int) -> None:
+        self._fork, self._left = os.fork, times
+
+    def __call__(self) -> int:
+        self._left -= 1
+        pid = self._fork()
+        if pid == 0 and self._left >= 0:
+            time.sleep(3600)
+        return pid
+
+
 def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
@@ -40,6 +55,24 @@ def test_one_that_hangs_says_where_and_is_ended(capfd: pytest.CaptureFixture[str
     assert time.monotonic() < began + 5
     assert children() == before
     assert "in hang" in capfd.readouterr().err
+    assert gc.isenabled()
+
+
+def test_one_that_does_not_begin_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked_writer, "BEGIN_SECONDS", 0.3)
+    monkeypatch.setattr(os, "fork", StuckFork(times=2))
+    before = children()
+    assert ForkedWriter(work_for_a_second, keep).outcome() == ["a result"]
+    assert children() == before
+
+
+def test_when_none_begins_nothing_is_left_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked_writer, "BEGIN_SECONDS", 0.3)
+    monkeypatch.setattr(os, "fork", StuckFork(times=3))
+    before = children()
+    with pytest.raises(OSError, match=r"3 forked processes in a row did not begin within 0\.3 s"):
+        ForkedWriter(work_for_a_second, keep)
+    assert children() == before
     assert gc.isenabled()
 
 
