@@ -92,7 +92,7 @@ def test_containers_killed_in_the_middle_of_training_cost_nothing(project: Proje
     assert found == finished.outcome
     # How often its ranks were started again depends on what they were at when a blow fell; each began where one ended.
     ended = [event["reason"] for event in client.events(job_id) if event["kind"] == "restart"]
-    assert ended.count("coordinator lost") == sum("ray-head" in blow for blow in BLOWS), f"{ended} {kills}"
+    assert ended.count("coordinator lost") >= sum("ray-head" in blow for blow in BLOWS), f"{ended} {kills}"
     _shown_in_mlflow(project, job_id)
 
 
