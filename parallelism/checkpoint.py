@@ -87,7 +87,8 @@ class AsyncSaver:
     def start(self, engine: Savable, progress: Progress, directory: str | Path) -> float:
         """Take a snapshot and start writing it; returns the seconds that training stood still.
 
-        The earlier save must have ended. Raises :class:`CheckpointError` when the snapshot cannot be taken.
+        The earlier save must have ended. Raises :class:`CheckpointError` when the snapshot cannot be taken, and
+        ``OSError``, on this rank alone, when no process can be forked to write it.
         """
         assert self._pending is None, "one save at a time: call wait() before the next start()"
         started = time.perf_counter()

@@ -148,7 +148,10 @@ def test_devices_that_are_free_and_do_not_come_are_asked_for_anew(
     pool.run([Task("echo", f"{TOYS}:echo", {"value": 7})], lambda _, result: results.append(result))
     pool.close()
     assert results == [7]
-    assert "(3 of 4 free)" in next(event for event in journal.events() if event["kind"] == "waiting")["reason"]
+    assert (
+        "a worker for echo needs 1 CPU"
+        in next(event for event in journal.events() if event["kind"] == "waiting")["reason"]
+    )
     _until(lambda: ray.available_resources().get("CPU") == 4.0)  # the lost one was given back
 
 

@@ -108,7 +108,7 @@ def run_with_a_writer_that_hangs(task: TrainTask, rank: int) -> tuple[TrainResul
 
     class Impatient(ForkedWriter):
         def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments, still_seconds=0.5)
+            super().__init__(*arguments, still_seconds=3.0)
             hung.append(self)
 
     def hanging_write(pending: Any) -> Any:
